@@ -1,0 +1,350 @@
+"""Clean, PGD-10 and AutoAttack accuracy of a run, of one of our checkpoints, or of anyone's CIFAR checkpoint.
+
+    python eval_aa.py runs/NAME                                       its best checkpoint, all test images -> runs/NAME/result.json
+    python eval_aa.py runs/NAME --which last                          its last one -> result_last.json (the gap is robust overfitting)
+    python eval_aa.py wrn.pt --model wrn-34-10 --no-normalize         a state dict from elsewhere -> wrn_result.json
+    python eval_aa.py runs/NAME --n 1000 --attacks apgd-ce,apgd-t     a quick look; never called AA
+    python eval_aa.py runs/NAME --attacks none --pgd-steps 50 --restarts 10 --loss cw    for signs of gradient masking
+
+Accuracies are per cent of the images. `pgd10` counts an image as robust if the last iterate is classified right (as the
+paper's checkpoints were selected), `pgd10_any` if every iterate is. AutoAttack is the `standard` version (Croce & Hein,
+2020); the figure of each of its attacks is what is left after it and those before it. An interrupted evaluation goes on
+where it was, to the batch, when the same command is given again.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import models
+from utils import (
+    InputError, Parser, attack_mode, clock, cw_loss, environment, fraction, fraction_text, load_checkpoint, load_dataset,
+    load_weights, number, percent, pgd_evaluate, pick_device, read_json, run_folder, run_script, set_precision, to_float,
+    write_json,
+)
+
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack's standard version, in its order
+ATTACKS = (*STANDARD, "apgd-dlr", "fab")
+LOSSES = {"ce": F.cross_entropy, "cw": cw_loss}
+
+
+def attack_list(text):
+    """An argparse type: "standard", "none" or a comma-separated list of AutoAttack's attacks -> tuple of names."""
+    names = {"standard": STANDARD, "none": ()}.get(text, tuple(text.split(",")))
+    unknown = [n for n in names if n not in ATTACKS]
+    if unknown or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not standard, none, or a list out of {','.join(ATTACKS)}")
+    return names
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__)
+    p.add_argument("target", type=Path, help="a run's folder or a checkpoint file")
+    p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run's folder (default: %(default)s)")
+    p.add_argument("--model", help="architecture of a checkpoint that does not name its own: " + ", ".join(models.MODELS))
+    p.add_argument("--activation", help="its non-linearity (default: relu): " + ", ".join(models.ACTIVATIONS))
+    p.add_argument("--no-normalize", action="store_true", help="it takes images in [0, 1] as they are")
+    p.add_argument("--mean", type=number(0, 1), nargs=3, metavar="M", help="its channel means (default: PGD-AT's, of CIFAR-10)")
+    p.add_argument("--std", type=number(1e-6), nargs=3, metavar="S", help="its channel standard deviations (likewise)")
+
+    p.add_argument("--dataset", help="cifar10, cifar100 or the path of an .npz (default: the run's, or cifar10)")
+    p.add_argument("--data-dir", default="data", help="where cifar10.npz is, or is put on first use (default: %(default)s)")
+    p.add_argument("--n", type=number(1, kind=int), help="evaluate the first N test images (default: all)")
+    p.add_argument("--eps", type=fraction, help='L-inf radius on the [0, 1] scale (default: the run\'s, or 8/255)')
+    p.add_argument("--attacks", type=attack_list, default="standard", help="standard, none, or a comma-separated quick look: " + ", ".join(ATTACKS) + " (default: %(default)s)")
+    p.add_argument("--pgd-steps", type=number(1, kind=int), default=10, help="a further PGD, beside PGD-10, with this many steps of 2/255,")
+    p.add_argument("--restarts", type=number(1, kind=int), default=1, help="this many random starts")
+    p.add_argument("--loss", choices=LOSSES, default="ce", help="and this loss (cw: the margin of Carlini & Wagner)")
+
+    p.add_argument("--seed", type=number(0, kind=int), default=0, help="of the attacks (default: %(default)s)")
+    p.add_argument("--batch-size", type=number(1, kind=int), default=500, help="images a batch (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
+    p.add_argument("--precision", choices=("fp32", "tf32"), help="tf32: torch's default for float32 (the default on CUDA); fp32: strict")
+    p.add_argument("--out", type=Path, help="the result's file (default: result.json in the run's folder, CHECKPOINT_result.json beside another)")
+    p.add_argument("--overwrite", action="store_true", help="discard what that file holds of other settings")
+    args = p.parse_args(argv)
+    if args.no_normalize and (args.mean or args.std):
+        p.error("--no-normalize contradicts --mean and --std")
+    if bool(args.mean) != bool(args.std):
+        p.error("--mean and --std go together")
+    return args
+
+
+def locate(args):
+    """(checkpoint file, result file) of the target."""
+    if args.target.is_dir():
+        checkpoint = args.target / f"{args.which}.pt"
+        result = args.target / ("result.json" if args.which == "best" else "result_last.json")
+        if not checkpoint.exists():
+            raise InputError(f"{args.target} holds no {args.which}.pt: is it a run's folder, and has an epoch been tested?")
+    else:
+        checkpoint, result = args.target, args.target.with_name(f"{args.target.stem}_result.json")
+        if args.which != "best":
+            raise InputError("--which chooses in a run's folder, but the target is a file")
+    return checkpoint, args.out or result
+
+
+def rebuild(args, path, checkpoint, data_classes):
+    """(model, what it is) from a checkpoint of ours, which names its architecture, or from --model and the rest."""
+    ours = checkpoint.get("args")
+    if isinstance(ours, dict) and "num_classes" in checkpoint:
+        given = [f for f in ("model", "activation", "no_normalize", "mean") if getattr(args, f)]
+        if given:
+            raise InputError(f"--{given[0].replace('_', '-')} has no effect: {path} names its own architecture and normalisation")
+        spec = {"model": ours["model"], "activation": ours["activation"], "normalize": checkpoint["normalize"]}
+        num_classes = checkpoint["num_classes"]
+        if data_classes > num_classes:
+            raise InputError(f"{path} knows {num_classes} classes, the data set has {data_classes}")
+    else:
+        if args.model is None:
+            raise InputError(f"{path} does not name its architecture: give --model (and --no-normalize if it takes images in [0, 1])")
+        normalize = None if args.no_normalize else (args.mean, args.std) if args.mean else models.CIFAR_NORMALIZE
+        spec = {"model": args.model, "activation": args.activation or "relu", "normalize": normalize}
+        num_classes = data_classes
+    try:
+        model = models.build(spec["model"], num_classes, spec["activation"], spec["normalize"])
+    except ValueError as e:
+        raise InputError(str(e)) from None
+    load_weights(model, checkpoint["state_dict"], path)
+    return model, spec
+
+
+def digest(state):
+    """SHA-256 of a state dict's values, by which a result names the weights it belongs to."""
+    h = hashlib.sha256()
+    for key in sorted(state):
+        h.update(key.encode())
+        h.update(state[key].cpu().flatten().view(torch.uint8).numpy())
+    return h.hexdigest()
+
+
+def open_result(path, identity):
+    """What the result file holds already, or a fresh result of this identity. Raises InputError if it is another's."""
+    if not path.exists():
+        return {"clean": None, "pgd10": None, "pgd10_any": None, "aa": None, "attacks": {}, "quick": {}, "seconds": {}, **identity}
+    result = read_json(path)
+    differ = [f"{k} was {result.get(k)}, is {v}" for k, v in identity.items() if result.get(k) != v]
+    if differ:
+        raise InputError(f"{path} holds results of something else ({'; '.join(differ)}): choose another --out, or --overwrite")
+    return result
+
+
+def run_pgd(model, images, labels, args, name, **attack):
+    """(clean, last, any) of utils.pgd_evaluate, three (N,) bool tensors, under a progress bar; and the seconds it took."""
+    started = time.time()
+    with tqdm(total=len(labels), desc=name, unit=" img", leave=False, disable=None) as bar, attack_mode(model, "eval"):
+        flags = pgd_evaluate(model, images, labels, seed=args.seed, batch_size=args.batch_size, progress=bar.update, **attack)
+    return *flags, round(time.time() - started, 1)
+
+
+class AutoAttack:
+    """One attack of AutoAttack's standard version at a time, on one batch: from pyautoattack or GitHub's autoattack."""
+
+    def __init__(self, model, eps, seed, device):
+        for package in ("pyautoattack", "autoattack"):
+            try:
+                module = importlib.import_module(package)
+                break
+            except ImportError:
+                continue
+        else:
+            raise InputError("AutoAttack is not installed: pip install pyautoattack==0.2.0 (or --attacks none)")
+        self.name = f"{package} {getattr(module, '__version__', '(no version)')}"
+        self.model, self.bar, self.forwards = model, None, 0
+        logging.getLogger("auto-attack").addFilter(OncePerMessage())
+        quiet = {} if package == "pyautoattack" else {"verbose": False}
+        self.aa = module.AutoAttack(self.forward, norm="Linf", eps=eps, seed=seed, version="standard", device=device, **quiet)
+        self.size = "batch_size" if package == "pyautoattack" else "bs"
+
+    def watch(self, bar):
+        """From now on the tqdm bar shows how many forwards have been made: a batch can take minutes."""
+        self.bar, self.forwards = bar, 0
+
+    def forward(self, x):
+        self.forwards += 1
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{self.forwards:,} forwards", refresh=False)
+            self.bar.update(0)
+        # AutoAttack calls .view on the gradient of x: going through flat memory makes that gradient contiguous, whatever
+        # layout the convolutions prefer
+        return self.model(x.flatten(1).unflatten(1, x.shape[1:]))
+
+    def fools(self, attack, x, y):
+        """(B,) bool: which of x (B, 3, 32, 32) the attack gets misclassified."""
+        self.aa.attacks_to_run = [attack]
+        x_adv = self.aa.run_standard_evaluation(x.contiguous(), y, **{self.size: len(x)})
+        if isinstance(x_adv, tuple):  # pyautoattack returns the labels too
+            x_adv = x_adv[0]
+        with torch.no_grad():
+            return self.forward(x_adv).argmax(1) != y
+
+
+class OncePerMessage(logging.Filter):
+    """Lets a message through the first time; AutoAttack repeats its warnings for every batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def filter(self, record):
+        new = record.getMessage() not in self.seen
+        self.seen.add(record.getMessage())
+        return new
+
+
+def open_state(path, identity, clean):
+    """The state of an AutoAttack evaluation: what an interrupted one left in the file, or a fresh one.
+
+    clean: (N,) bool, the images that are classified right without attack. Raises InputError if the file is of another
+    evaluation. (AutoAttack has a state file of its own, which version 0.2.0 cannot read back: it writes the set of its
+    attacks as a string, and then finds it different from the set.)
+    """
+    if not path.exists():
+        return {"identity": identity, "robust": clean.int().tolist(), "left": {}, "todo": None, "seconds": {}}
+    state = read_json(path)
+    differ = [k for k, v in identity.items() if state.get("identity", {}).get(k) != v]
+    if differ:
+        raise InputError(f"{path} is of an interrupted evaluation with another {', '.join(differ)}: finish that, or --overwrite")
+    print(f"going on with the interrupted evaluation of {path}")
+    return state
+
+
+def run_autoattack(aa, images, labels, attacks, batch_size, state, state_path):
+    """Runs the attacks in turn, each on the images that withstood those before; fills state["left"], in per cent.
+
+    Batches and seeds are those of one call of AutoAttack's run_standard_evaluation, and so are the figures. The state
+    is on the disk after every batch.
+    """
+    robust = torch.tensor(state["robust"], dtype=torch.bool, device=labels.device)
+    for attack in [a for a in attacks if a not in state["left"]]:
+        if state["todo"] is None:
+            state["todo"] = robust.nonzero().squeeze(1).tolist()
+        said = time.time()
+        with tqdm(total=len(state["todo"]), desc=attack, unit=" img", leave=False, disable=None) as bar:
+            aa.watch(bar)
+            while state["todo"]:
+                started = time.time()
+                batch = torch.tensor(state["todo"][:batch_size], device=labels.device)
+                fooled = aa.fools(attack, to_float(images[batch]), labels[batch])
+                robust[batch[fooled]] = False
+                state["robust"], state["todo"] = robust.int().tolist(), state["todo"][batch_size:]
+                state["seconds"][attack] = round(state["seconds"].get(attack, 0) + time.time() - started, 1)
+                write_json(state_path, state)
+                bar.update(len(batch))
+                if bar.disable and time.time() - said > 60:  # no terminal: a line a minute
+                    said = time.time()
+                    print(f"  {attack}: {len(state['todo']):,} images to go, {percent(robust):.2f} left so far", flush=True)
+        state["left"][attack], state["todo"] = percent(robust), None
+        write_json(state_path, state)
+        show(attack, state["left"][attack], state["seconds"].get(attack))
+
+
+def attack_in_turn(model, images, labels, args, eps, identity, state_path, result):
+    """Runs AutoAttack, or the quick look that --attacks asks for, and enters its figures in the result; returns them."""
+    aa = AutoAttack(model, eps, args.seed, images.device)
+    clean, _, _, _ = run_pgd(model, images, labels, args, "clean", eps=eps, steps=0)
+    state = open_state(state_path, {**identity, "attacks": list(args.attacks), "batch_size": args.batch_size}, clean)
+    run_autoattack(aa, images, labels, args.attacks, args.batch_size, state, state_path)
+    if args.attacks == STANDARD:
+        result["aa"] = state["left"][STANDARD[-1]]
+        result["attacks"] |= state["left"]
+    else:
+        result["quick"][",".join(args.attacks)] = state["left"]
+    result["seconds"] |= state["seconds"]
+    result["autoattack"] = aa.name
+    return state["left"]
+
+
+def show(name, accuracy, seconds=None, remark=""):
+    """One aligned line of a result."""
+    print(f"{name:14} {accuracy:6.2f} {clock(seconds) if seconds is not None else '':>8}   {remark}".rstrip(), flush=True)
+
+
+def warn_if_normalised_otherwise(model, images, labels, clean_accuracy):
+    """A checkpoint from elsewhere does not say how its input is normalised: warns if another way does better."""
+    given = model.normalize
+    for name, other in (("--no-normalize", torch.nn.Identity()), ("CIFAR-10's mean and std", models.Normalize(*models.CIFAR_NORMALIZE))):
+        model.normalize = other.to(images.device)
+        with attack_mode(model, "eval"):
+            accuracy = percent(pgd_evaluate(model, images[:1000], labels[:1000], eps=0, steps=0)[0])
+        if accuracy > clean_accuracy + 2:
+            print(f"warning: clean accuracy is {accuracy:.2f} on the first 1000 images with {name}: is the normalisation right?", file=sys.stderr)
+    model.normalize = given
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    precision = set_precision(args.precision, device)
+    path, result_path = locate(args)
+    checkpoint = load_checkpoint(path)
+    trained = checkpoint.get("args") if isinstance(checkpoint.get("args"), dict) else {}
+    data = load_dataset(args.dataset or trained.get("dataset", "cifar10"), args.data_dir, device)
+    model, spec = rebuild(args, path, checkpoint, data.num_classes)
+    model.to(device, memory_format=torch.channels_last).eval()
+    if args.attacks and data.num_classes < 10:
+        raise InputError(f"AutoAttack's targeted attacks need 10 classes, the data set has {data.num_classes}: use --attacks none")
+    n = args.n or len(data.test_labels)
+    if n > len(data.test_labels):
+        raise InputError(f"--n {n}: there are {len(data.test_labels):,} test images")
+    images, labels = data.test_images[:n], data.test_labels[:n]
+    eps = args.eps if args.eps is not None else trained.get("eps", 8 / 255)
+    identity = {**spec, "weights_sha256": digest(checkpoint["state_dict"]), "data_sha256": data.sha256, "n": n, "eps": eps,
+                "seed": args.seed, "precision": precision}
+    identity = json.loads(json.dumps(identity))  # as it will be read back
+
+    state_path = result_path.with_suffix(".state.json")
+    with run_folder(result_path.parent, f".{result_path.stem}.lock"):
+        if args.overwrite:
+            result_path.unlink(missing_ok=True)
+            state_path.unlink(missing_ok=True)
+        result = open_result(result_path, identity)
+        result |= {"checkpoint": path.name, "epoch": checkpoint.get("epoch"), "test_images": len(data.test_labels), **environment(device)}
+        print(f"{path}: {spec['model']}, {n:,} of {len(data.test_labels):,} test images, eps {fraction_text(eps)}, {precision}")
+
+        if result["pgd10"] is None:
+            clean, last, always, result["seconds"]["pgd10"] = run_pgd(model, images, labels, args, "PGD-10", eps=eps)
+            result |= {"clean": percent(clean), "pgd10": percent(last), "pgd10_any": percent(always)}
+            write_json(result_path, result)
+            if not trained:
+                warn_if_normalised_otherwise(model, images, labels, result["clean"])
+        show("clean", result["clean"])
+        show("PGD-10", result["pgd10"], result["seconds"]["pgd10"], f"(every iterate right: {result['pgd10_any']:.2f})")
+
+        if (args.pgd_steps, args.restarts, args.loss) != (10, 1, "ce"):
+            name = f"pgd-{args.loss}-{args.pgd_steps}x{args.restarts}"
+            if name not in result["attacks"]:
+                attack = {"steps": args.pgd_steps, "restarts": args.restarts, "loss": LOSSES[args.loss]}
+                _, _, always, result["seconds"][name] = run_pgd(model, images, labels, args, name, eps=eps, **attack)
+                result["attacks"][name] = percent(always)
+                write_json(result_path, result)
+            show(name, result["attacks"][name], result["seconds"][name], "(every iterate of every restart right)")
+
+        if args.attacks:
+            left = result["attacks"] if args.attacks == STANDARD else result["quick"].get(",".join(args.attacks), {})
+            if args.attacks[-1] in left:
+                for attack in args.attacks:
+                    show(attack, left[attack])
+            else:
+                left = attack_in_turn(model, images, labels, args, eps, identity, state_path, result)
+                write_json(result_path, result)
+                state_path.unlink()
+
+    summary = f"clean {result['clean']:.2f} / PGD-10 {result['pgd10']:.2f}"
+    if args.attacks:
+        name = "AA" if args.attacks == STANDARD else f"{','.join(args.attacks)} (a quick look, not AA)"
+        summary += f" / {name} {left[args.attacks[-1]]:.2f}"
+    print(f"{path}, {n:,} images: {summary}   ({result_path})")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,72 @@
+"""Architectures for 32x32 images, by name.
+
+    model = build("preactresnet-18", num_classes=10, activation="relu", normalize=CIFAR_NORMALIZE)
+    logits = model(x)          # x (B, 3, 32, 32) in [0, 1] -> logits (B, num_classes)
+
+State-dict names follow kuangliu/pytorch-cifar and yaodongyu/TRADES, so that checkpoints which the field has
+released load with strict=True. "ResNet-18" in Pang et al. 2021 is the *pre-activation* one, `preactresnet-18`.
+"""
+
+import difflib
+from functools import partial
+
+import torch
+from torch import nn
+
+from .preactresnet import PreActBlock, PreActBottleneck, PreActResNet
+from .wideresnet import WideResNet
+
+# Hyper-parameters of Table 6: those that Xie et al. (2020) recommend on ImageNet.
+ACTIVATIONS = {
+    "relu": partial(nn.ReLU, inplace=True),   # in place: every activation here follows a layer that does not need its output
+    "leakyrelu": partial(nn.LeakyReLU, 0.1),
+    "elu": partial(nn.ELU, 1.0),
+    "celu": partial(nn.CELU, 1.2),
+    "selu": nn.SELU,
+    "gelu": nn.GELU,
+    "softplus": partial(nn.Softplus, beta=10),
+    "tanh": nn.Tanh,
+}
+
+# Each builder takes (num_classes, act), where act() makes an activation module.
+MODELS = {
+    "preactresnet-18": partial(PreActResNet, PreActBlock, (2, 2, 2, 2)),
+    "preactresnet-50": partial(PreActResNet, PreActBottleneck, (3, 4, 6, 3)),
+    "wrn-34-10": partial(WideResNet, 34, 10),
+    "wrn-34-20": partial(WideResNet, 34, 20),
+    # For CPUs and tests: 0.3 M parameters, and a stem of stride 2 that makes every layer four times cheaper.
+    "tiny": partial(PreActResNet, PreActBlock, (1, 1, 1, 1), width=16, stem_stride=2),
+}
+
+# Channel means and standard deviations of the CIFAR-10 training set, as PGD-AT's code normalises (TRADES does not).
+CIFAR_NORMALIZE = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel, for x (B, 3, H, W). Its buffers stay out of the state dict."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+def build(name, num_classes=10, activation="relu", normalize=None):
+    """A freshly initialised model that maps x (B, 3, 32, 32) in [0, 1] to logits (B, num_classes).
+
+    name: a key of MODELS; activation: a key of ACTIVATIONS; normalize: None or (mean, std), three floats each,
+    applied inside the model so that attacks live in [0, 1] (Pang et al.'s PGD-AT: CIFAR_NORMALIZE; TRADES: None).
+    Raises ValueError for an unknown name.
+    """
+    for what, key, known in (("model", name, MODELS), ("activation", activation, ACTIVATIONS)):
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"unknown {what} {key!r}: {hint}there is {', '.join(known)}")
+    model = MODELS[name](num_classes=num_classes, act=ACTIVATIONS[activation])
+    if normalize is not None:
+        model.normalize = Normalize(*normalize)
+    return model

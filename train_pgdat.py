@@ -1,0 +1,282 @@
+"""PGD adversarial training (PGD-AT), and standard training, on CIFAR-10: Pang et al., "Bag of Tricks for Adversarial Training".
+
+    python train_pgdat.py                                        Table 2, "Base"; paper: clean 82.52, PGD-10 53.58, AA 48.51
+    python train_pgdat.py --bn-mode eval                         Table 7, ResNet-18; paper: 83.48 / 53.64 / 48.75
+    python train_pgdat.py --wd 5e-4 --bn-mode eval --ls 0.1      the paper's recommended recipe
+    python train_pgdat.py --attack none --model wrn-34-10        standard training (Figure 4)
+
+Every step perturbs the batch by a 10-step L-inf PGD attack (Madry et al., 2018) and descends on the loss of the perturbed
+images. The defaults are the paper's "default setting" (Section 3). What the paper does not say is settled, with its
+reason, in the README's table of deviations. A run leaves args.json, log.jsonl, last.pt and best.pt in its folder;
+`python eval_aa.py FOLDER` evaluates it.
+
+Cost: 25 forward-equivalents an image (20 of them the attack's), 110 epochs.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import models
+from utils import (
+    OPTIMIZERS, SCHEDULES, InputError, Meter, Parser, append_log, attack_mode, batches, clock, dataset_size, eps_at,
+    fraction, fraction_text, hold_out, load_dataset, load_weights, lr_at, make_forward, make_optimizer, number, open_run,
+    percent, pgd, pgd_evaluate, pick_device, random_start, run_folder, run_name, run_script, save_checkpoint, seeded,
+    set_precision, smoothed_cross_entropy, trim_log,
+)
+
+
+def make_parser():
+    p = Parser(description=__doc__)
+    g = p.add_argument_group("model and data")
+    g.add_argument("--model", default="preactresnet-18", help="architecture: " + ", ".join(models.MODELS) + " (default: %(default)s, the paper's ResNet-18)")
+    g.add_argument("--activation", default="relu", help="non-linearity: " + ", ".join(models.ACTIVATIONS) + " (default: %(default)s)")
+    g.add_argument("--dataset", default="cifar10", help="cifar10, cifar100 or the path of an .npz (default: %(default)s)")
+    g.add_argument("--data-dir", default="data", help="where cifar10.npz is, or is put on first use (default: %(default)s)")
+    g.add_argument("--val", type=number(0, kind=int), default=0, metavar="N", help="hold out N training images and choose the best checkpoint on them (default: 0, chosen on the test set as in the paper)")
+
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=number(1, kind=int), default=110, help="(default: %(default)s)")
+    g.add_argument("--batch-size", type=number(1, kind=int), default=128, help="images a step (default: %(default)s)")
+    g.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="(default: %(default)s)")
+    g.add_argument("--lr", type=number(0), default=None, help="learning rate (default: 0.1; adam and adamw 1e-4)")
+    g.add_argument("--momentum", type=number(0, 1, open_high=True), default=0.9, help="of the SGD family (default: %(default)s)")
+    g.add_argument("--wd", type=number(0), default=5e-4, help="weight decay on all parameters (default: %(default)s)")
+    g.add_argument("--lr-schedule", choices=SCHEDULES, default="piecewise", help="(default: %(default)s)")
+    g.add_argument("--lr-decay-epochs", type=number(0), nargs="+", default=[100, 105], metavar="EPOCH", help="of the piecewise schedule (default: 100 105)")
+    g.add_argument("--lr-decay-factor", type=number(0, 1), default=0.1, help="what the rate is multiplied by there (default: %(default)s)")
+    g.add_argument("--warmup-lr", type=number(0), default=0, metavar="EPOCHS", help="lr rises linearly from 0 over these (default: 0)")
+    g.add_argument("--ls", type=number(0, 1, open_high=True), default=0, help="label smoothing: mass spread over the other classes, in [0, 1) (default: 0)")
+
+    g = p.add_argument_group("training attack")
+    g.add_argument("--attack", choices=("pgd", "none"), default="pgd", help="none: standard training (default: %(default)s)")
+    g.add_argument("--eps", type=fraction, default=8 / 255, help='L-inf radius on the [0, 1] scale, e.g. "8/255" (the default); also of the PGD-10 test')
+    g.add_argument("--alpha", type=fraction, default=2 / 255, help='step size on the [0, 1] scale (default: 2/255)')
+    g.add_argument("--steps", type=number(1, kind=int), default=10, help="attack steps (default: %(default)s)")
+    g.add_argument("--warmup-eps", type=number(0), default=0, metavar="EPOCHS", help="eps rises linearly from 0 over these (default: 0)")
+    g.add_argument("--early-stop-pgd", type=number(0), nargs=2, default=None, metavar="EPOCH", help="stop moving an image once it has been misclassified 1 time, 2 times from the first epoch on, 3 from the second (Table 2: 40 70)")
+    g.add_argument("--bn-mode", choices=("train", "eval"), default="train", help="batch norm while attacking (default: %(default)s)")
+    g.add_argument("--bn-clean-passes", type=int, choices=(0, 1, 2), default=2, help="clean forwards a step that only move the running statistics: 1 after the update, 2 also before it (default: 2, as the authors' code)")
+
+    g = p.add_argument_group("run")
+    g.add_argument("--eval-every", type=number(1, kind=int), default=1, metavar="EPOCHS", help="test every so many epochs, and after the last (default: %(default)s)")
+    g.add_argument("--seed", type=number(0, kind=int), default=0, help="(default: %(default)s)")
+    g.add_argument("--out", default=None, help="the run's folder (default: runs/ and a name out of what differs from the defaults)")
+    g.add_argument("--resume", action="store_true", help="go on with the run in that folder, if there is one")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
+    g.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default=None, help="(default: tf32 on CUDA, fp32 elsewhere)")
+    g.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    g.add_argument("--dry-run", action="store_true", help="print the resolved setting and exit")
+    return p
+
+
+def parse_args(argv=None):
+    """The resolved setting of a command line. One that names a flag without effect is refused with exit status 2."""
+    p = make_parser()
+    defaults = vars(p.parse_args([]))
+    args = p.parse_args(argv)
+
+    def without_effect(condition, *flags):
+        for flag in flags:
+            if getattr(args, flag) != defaults[flag]:
+                p.error(f"--{flag.replace('_', '-')} has no effect with {condition}")
+
+    if args.attack == "none":
+        without_effect("--attack none", "eps", "alpha", "steps", "warmup_eps", "early_stop_pgd", "bn_mode", "bn_clean_passes")
+    if args.optimizer in ("adam", "adamw"):
+        without_effect(f"--optimizer {args.optimizer}", "momentum")
+    if args.optimizer == "nesterov" and args.momentum == 0:
+        p.error("--optimizer nesterov needs a --momentum above 0")
+    if args.lr_schedule != "piecewise":
+        without_effect(f"--lr-schedule {args.lr_schedule}", "lr_decay_epochs", "lr_decay_factor")
+    if args.early_stop_pgd and args.early_stop_pgd[0] >= args.early_stop_pgd[1]:
+        p.error("--early-stop-pgd takes two rising epochs")
+    try:
+        with torch.device("meta"):
+            models.build(args.model, activation=args.activation)
+    except ValueError as e:
+        p.error(str(e))
+    if args.out is None:
+        args.out = f"runs/{run_name('pgdat', args, defaults)}"
+    if args.lr is None:
+        args.lr = 1e-4 if args.optimizer in ("adam", "adamw") else 0.1
+    return args
+
+
+def schedule(t, args):
+    """(learning rate, eps) at time t in epochs."""
+    lr = lr_at(t, args.lr, args.lr_schedule, args.epochs, args.lr_decay_epochs, args.lr_decay_factor, args.warmup_lr)
+    return lr, eps_at(t, args.eps, args.warmup_eps)
+
+
+def adversarial(model, forward, x, y, eps, args, epoch, noise):
+    """The images (B, 3, 32, 32) that a step trains on: x under PGD, or x itself with --attack none."""
+    if args.attack == "none":
+        return x
+    tolerance = None if args.early_stop_pgd is None else 1 + sum(epoch >= e for e in args.early_stop_pgd)
+    with attack_mode(model, args.bn_mode):
+        x_adv = pgd(forward, x, y, random_start(x, eps, noise), eps, args.alpha, args.steps, tolerance=tolerance)
+        if args.bn_mode == "train":
+            with torch.no_grad():  # the authors' attack ends by computing its loss: one more move of the running statistics
+                forward(x_adv)
+    return x_adv
+
+
+def train_step(model, forward, optimizer, x, y, eps, args, epoch, noise):
+    """One update. Returns the loss () and the logits (B, K) of the training images and, or None, of the clean ones."""
+    x_adv = adversarial(model, forward, x, y, eps, args, epoch, noise)
+    clean_passes = args.bn_clean_passes if args.attack == "pgd" else 0
+    clean_logits = None
+
+    logits = forward(x_adv)
+    loss = smoothed_cross_entropy(logits, y, args.ls)
+    optimizer.zero_grad()
+    loss.backward()
+    # The authors' clean passes exist to log clean accuracy, but they run in train mode: with --bn-mode eval two of every
+    # three updates of the running statistics, which attack and test depend on, are clean. They need no gradient.
+    if clean_passes == 2:
+        with torch.no_grad():
+            forward(x)
+    optimizer.step()
+    if clean_passes >= 1:
+        with torch.no_grad():
+            clean_logits = forward(x)
+    return loss.detach(), logits.detach(), clean_logits
+
+
+def train_epoch(model, forward, optimizer, images, labels, args, epoch):
+    """One pass over the training images (N, 32, 32, 3). Returns the epoch's part of its log line."""
+    device, steps = images.device, -(-len(labels) // args.batch_size)
+    meter = Meter(device)
+    model.train()
+    order = seeded(device, args.seed, "data", epoch)
+    with tqdm(total=len(labels), desc=f"epoch {epoch + 1}/{args.epochs}", unit=" img", leave=False, disable=None) as bar:
+        for step, (x, y) in enumerate(batches(images, labels, args.batch_size, order, padding="reflect")):
+            lr, eps = schedule(epoch + step / steps, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            noise = seeded(device, args.seed, "attack", epoch, step)
+            loss, logits, clean_logits = train_step(model, forward, optimizer, x, y, eps, args, epoch, noise)
+            meter.add(step, loss, y, logits, clean_logits)
+            if bar.update(len(y)) or step % 50 == 49:  # not at every step: reading waits for the device
+                mean_loss, adv_acc, _ = meter.read()
+                bar.set_postfix_str(f"loss {mean_loss:.3f}, adv acc {adv_acc:.1f} %", refresh=False)
+    mean_loss, adv_acc, clean_acc = meter.read()
+    if not all(v.isfinite().all() for v in model.state_dict().values()):
+        raise FloatingPointError(steps - 1)
+    if args.attack == "none":
+        adv_acc, clean_acc = None, adv_acc  # what was trained on was clean
+    elif args.bn_clean_passes == 0:
+        clean_acc = None
+    return {"lr": lr, "eps": eps, "train_loss": mean_loss, "train_adv_acc": adv_acc, "train_clean_acc": clean_acc}
+
+
+def test(model, forward, images, labels, args, epoch, prefix):
+    """{prefix_clean, prefix_pgd10}: accuracies in per cent; PGD-10 is not computed, and None, with --attack none."""
+    with attack_mode(model, "eval"):
+        clean, robust, _ = pgd_evaluate(forward, images, labels, eps=args.eps, seed=(args.seed, epoch),
+                                        steps=10 if args.attack == "pgd" else 0)
+    return {f"{prefix}_clean": percent(clean), f"{prefix}_pgd10": percent(robust) if args.attack == "pgd" else None}
+
+
+def show_setting(args, model, n_train, n_test):
+    """Prints everything that decides the run."""
+    for key, value in vars(args).items():
+        print(f"  --{key.replace('_', '-'):18}{fraction_text(value) if key in ('eps', 'alpha') else value}")
+    steps = -(-n_train // args.batch_size)
+    held_out = f" (and {args.val:,} held out)" if args.val else ""
+    print(f"data   {args.dataset}: {n_train:,} training images{held_out}, {n_test:,} test images")
+    print(f"model  {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"steps  {args.epochs} epochs of {steps:,}: {args.epochs * steps:,}")
+    late = [f"{e:g}" for e in args.lr_decay_epochs if e >= args.epochs]
+    if args.lr_schedule == "piecewise" and late:
+        print(f"warning: the learning rate never drops at {', '.join(late)}, for the run ends after {args.epochs} epochs")
+
+
+def show_epoch(entry, split, epochs, is_best, seconds_left):
+    """One aligned line an epoch, the best so far starred; a header before the first."""
+    def cell(value):
+        return "     -" if value is None else f"{value:6.2f}"
+
+    print(f"{entry['epoch']:4}/{epochs:<4} {entry['lr']:9.2e} {entry['train_loss']:7.4f} | "
+          f"{cell(entry['train_adv_acc'])} {cell(entry['train_clean_acc'])} | "
+          f"{cell(entry.get(split + '_clean'))} {cell(entry.get(split + '_pgd10'))} {'*' if is_best else ' '} | "
+          f"{clock(entry['seconds']):>8} {clock(seconds_left):>8}", flush=True)
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    args.precision = set_precision(args.precision, device)
+    if args.dry_run:
+        n_train, n_test, num_classes = dataset_size(args.dataset, args.data_dir)
+    else:
+        data = load_dataset(args.dataset, args.data_dir, device)
+        n_train, n_test, num_classes = len(data.train_labels), len(data.test_labels), data.num_classes
+    if args.val >= n_train:
+        raise InputError(f"--val {args.val} leaves nothing to train on of {n_train:,} training images")
+    n_train -= args.val
+
+    torch.manual_seed(args.seed)
+    with torch.device("meta" if args.dry_run else "cpu"):  # initialised on the CPU, so alike on every device
+        model = models.build(args.model, num_classes, args.activation, models.CIFAR_NORMALIZE)
+    show_setting(args, model, n_train, n_test)
+    if args.dry_run:
+        return
+    model.to(device, memory_format=torch.channels_last)
+    forward = make_forward(model, args.precision, args.compile)
+    optimizer = make_optimizer(model, args.optimizer, args.lr, args.wd, args.momentum)
+    train, val = hold_out(data.train_images, data.train_labels, args.val)
+    splits = {"val": val} if args.val else {}
+    splits["test"] = (data.test_images, data.test_labels)
+    select = "val" if args.val else "test"                      # the split that the best checkpoint is chosen on,
+    measure = f"{select}_{'pgd10' if args.attack == 'pgd' else 'clean'}"  # and by which accuracy
+
+    out = Path(args.out)
+    with run_folder(out):
+        checkpoint = open_run(out, args, data.sha256, device)
+        done, best = 0, None
+        if checkpoint:
+            load_weights(model, checkpoint["state_dict"], out / "last.pt")
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            done, best = checkpoint["epoch"], checkpoint["best"]
+            print(f"going on with {out} after epoch {done}")
+        trim_log(out / "log.jsonl", done)
+        print(f"    epoch        lr    loss |    adv  clean |  clean PGD-10   |     time     left    (train | {select})")
+        started = time.time()
+        for epoch in range(done, args.epochs):
+            epoch_started = time.time()
+            try:
+                entry = {"epoch": epoch + 1, **train_epoch(model, forward, optimizer, *train, args, epoch)}
+            except FloatingPointError as e:
+                step, = e.args
+                lr, _ = schedule(epoch + step / -(-n_train // args.batch_size), args)
+                good = f"the last good checkpoint is {out / 'last.pt'} (epoch {epoch})" if epoch else "there is no good checkpoint yet"
+                sys.exit(f"train_pgdat.py: stopped: loss or weights not finite at step {step} of epoch {epoch + 1}, lr {lr:g}; {good}")
+            is_best = False
+            if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+                for split, (images, labels) in splits.items():
+                    entry |= test(model, forward, images, labels, args, epoch, split)
+                is_best = best is None or entry[measure] > best[measure]
+            entry["seconds"] = round(time.time() - epoch_started, 2)
+            append_log(out / "log.jsonl", entry)
+            # The log line comes first and last.pt last: a run killed in between does this epoch again, exactly.
+            weights = {"state_dict": model.state_dict(), "args": vars(args), "num_classes": num_classes,
+                       "normalize": models.CIFAR_NORMALIZE, "epoch": epoch + 1, "log": entry}
+            if is_best:
+                best = entry
+                save_checkpoint(out / "best.pt", weights)
+            save_checkpoint(out / "last.pt", {**weights, "optimizer": optimizer.state_dict(), "best": best})
+            per_epoch = (time.time() - started) / (epoch + 1 - done)
+            show_epoch(entry, select, args.epochs, is_best, per_epoch * (args.epochs - epoch - 1))
+
+    robust = f", PGD-10 {best[f'{select}_pgd10']:.2f}" if args.attack == "pgd" else ""
+    print(f"best of {args.epochs} epochs, on the {select} set: epoch {best['epoch']}, clean {best[f'{select}_clean']:.2f}{robust}: {out / 'best.pt'}")
+    print(f"evaluate it with: python eval_aa.py {out}")
+
+
+if __name__ == "__main__":
+    run_script(main)

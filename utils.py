@@ -1,0 +1,686 @@
+"""What the training scripts and the evaluator share: data, attack, losses, schedules and optimisers, runs and checkpoints.
+
+To copy a script into a project of your own, take it together with this file and `models/`.
+
+Conventions: images are x (B, 3, 32, 32) float32 in [0, 1]; labels y (B,) int64; eps and alpha are on that same [0, 1]
+scale (8/255, not 8); time t is measured in epochs and may be fractional (t = epoch + step / steps, epochs from 0).
+Normalisation lives inside the model. `forward` is any callable from x to logits (B, K).
+
+Every random number of a run is drawn from a generator seeded by (seed, what it is for, epoch, step). So a run can be
+resumed anywhere without saving a generator's state, and nothing that one trick draws moves what another one sees.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+
+
+class InputError(ValueError):
+    """The user's input cannot be used. The scripts print the message as one line and exit with status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+NAMED_DATASETS = {"cifar10": (50_000, 10_000, 10), "cifar100": (50_000, 10_000, 100)}  # train and test images, classes
+
+
+class Dataset(NamedTuple):
+    """Images (N, 32, 32, 3) uint8 and labels (N,) int64, all on one device."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    num_classes: int
+    sha256: str  # of the pixels and labels, whatever the file's compression
+
+
+def dataset_path(name_or_path, data_dir="data"):
+    """The .npz of a data set. `cifar10` and `cifar100` are fetched into data_dir on first use.
+
+    Raises InputError for an unknown name, a missing file, or a download that fails.
+    """
+    if name_or_path in NAMED_DATASETS:
+        path = Path(data_dir) / f"{name_or_path}.npz"
+        if not path.exists():
+            prepare = HERE / "data" / "prepare.py"
+            if not prepare.exists():
+                raise InputError(f"{path} does not exist, nor does {prepare} to fetch it: give --dataset the path of an .npz")
+            if subprocess.run([sys.executable, prepare, name_or_path, "--data-dir", data_dir]).returncode != 0:
+                raise InputError(f"could not obtain {name_or_path} (see above)")
+        return path
+    if not str(name_or_path).endswith(".npz"):
+        raise InputError(f"unknown data set {str(name_or_path)!r}: there is {', '.join(NAMED_DATASETS)}, or the path of an .npz")
+    if not Path(name_or_path).is_file():
+        raise InputError(f"no such file: {name_or_path}")
+    return Path(name_or_path)
+
+
+def load_dataset(name_or_path, data_dir="data", device="cpu"):
+    """The Dataset behind `cifar10`, `cifar100` or the path of an .npz, on the device.
+
+    The .npz holds train_images (N, 32, 32, 3) uint8, train_labels (N,) integers from 0, test_images, test_labels.
+    Raises InputError if it does not, or cannot be read.
+    """
+    path = dataset_path(name_or_path, data_dir)
+    arrays = read_npz(path)
+    digest = hashlib.sha256()
+    for a in arrays.values():
+        digest.update(np.ascontiguousarray(a))
+    num_classes = 1 + max(int(arrays[k].max()) for k in ("train_labels", "test_labels"))
+    tensors = [torch.from_numpy(a).to(device) for a in arrays.values()]
+    return Dataset(*tensors, num_classes=num_classes, sha256=digest.hexdigest())
+
+
+def read_npz(path):
+    """{key: array} of a data set file, checked: uint8 images, int64 labels. Raises InputError."""
+    def check(ok, problem):
+        if not ok:
+            raise InputError(f"{path} is not a data set in our .npz format: {problem}")
+
+    try:
+        npz = np.load(path, allow_pickle=False)
+        check(isinstance(npz, np.lib.npyio.NpzFile), "it holds a single array")
+        with npz:
+            missing = [k for k in Dataset._fields[:4] if k not in npz]
+            check(not missing, f"it has no {', '.join(missing)}")
+            arrays = {k: npz[k] for k in Dataset._fields[:4]}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{path} cannot be read as a data set (truncated, or not an .npz): {str(e).splitlines()[0]}") from None
+    for split in ("train", "test"):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        check(images.dtype == np.uint8 and images.ndim == 4 and images.shape[1:] == (32, 32, 3) and len(images) > 0,
+              f"{split}_images is {images.dtype} {images.shape}, not uint8 (N, 32, 32, 3)")
+        check(labels.dtype.kind in "iu" and labels.shape == (len(images),) and labels.min() >= 0,
+              f"{split}_labels is {labels.dtype} {labels.shape}, not non-negative integers ({len(images)},)")
+        arrays[f"{split}_labels"] = labels.astype(np.int64)
+    return arrays
+
+
+def dataset_size(name_or_path, data_dir="data"):
+    """(training images, test images, classes), without needing the named data sets on the disk."""
+    if name_or_path in NAMED_DATASETS:
+        return NAMED_DATASETS[name_or_path]
+    data = load_dataset(name_or_path, data_dir)
+    return len(data.train_labels), len(data.test_labels), data.num_classes
+
+
+def hold_out(images, labels, n):
+    """((images, labels) to train on, (images, labels) held out): n random images, the same ones for every seed."""
+    order = torch.from_numpy(np.random.RandomState(0).permutation(len(labels))).to(labels.device)
+    held, rest = order[:n], order[n:].sort().values
+    return (images[rest], labels[rest]), (images[held], labels[held])
+
+
+def to_float(images):
+    """uint8 (B, 32, 32, 3) -> float32 (B, 3, 32, 32) in [0, 1], in channels-last memory, which costs no copy."""
+    return images.permute(0, 3, 1, 2).float().div_(255)
+
+
+def crop_flip(images, top, left, flip, padding):
+    """Crops of the images padded by 4, each with its own offset, mirrored where asked; one gather in all.
+
+    images (B, 32, 32, 3) uint8; top, left (B,) int64 in 0..8: the crop's corner in the padded image; flip (B,) bool;
+    padding: "reflect" (PGD-AT) or "zero" (TRADES). Returns the same shape and type.
+    """
+    size = images.shape[1]
+    i = torch.arange(size, device=images.device)
+    rows = top[:, None] + i - 4                                              # (B, 32) in -4..35
+    cols = left[:, None] + torch.where(flip[:, None], size - 1 - i, i) - 4   # (B, 32)
+    inside = ((rows >= 0) & (rows < size))[:, :, None] & ((cols >= 0) & (cols < size))[:, None, :]
+    rows = (size - 1) - ((size - 1) - rows.abs()).abs()                      # fold -1 -> 1 and 32 -> 30
+    cols = (size - 1) - ((size - 1) - cols.abs()).abs()
+    b = torch.arange(len(images), device=images.device)
+    out = images[b[:, None, None], rows[:, :, None], cols[:, None, :]]       # (B, 32, 32, 3)
+    return out * inside[..., None] if padding == "zero" else out
+
+
+def batches(images, labels, batch_size, generator, padding):
+    """One epoch in random order: yields augmented x (B, 3, 32, 32), y (B,). The last, smaller batch is kept.
+
+    Every image gets its own crop and flip. All draws are made at the start of the epoch, on the device.
+    """
+    n, device = len(images), images.device
+    order = torch.randperm(n, generator=generator, device=device)
+    offset = torch.randint(9, (2, n), generator=generator, device=device)
+    flip = torch.randint(2, (n,), generator=generator, device=device).bool()
+    for i in range(0, n, batch_size):
+        index, s = order[i : i + batch_size], slice(i, i + batch_size)
+        yield to_float(crop_flip(images[index], offset[0, s], offset[1, s], flip[s], padding)), labels[index]
+
+
+def seeded(device, *key):
+    """A generator on the device whose stream depends on the key alone, e.g. seeded(device, seed, "attack", epoch, step)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attack
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def attack_mode(model, bn_mode):
+    """While it is open, parameters are frozen (no weight gradient is computed) and the model is in train or eval mode.
+
+    bn_mode: "train" (batch statistics, and every forward moves the running ones) or "eval". On leaving, every
+    module's mode and every parameter's requires_grad are as they were.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    grads = [(p, p.requires_grad) for p in model.parameters()]
+    model.train(bn_mode == "train")
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for p, requires_grad in grads:
+            p.requires_grad_(requires_grad)
+
+
+def random_start(x, eps, generator):
+    """x + U(-eps, eps), clipped to [0, 1]."""
+    return (x + torch.empty_like(x).uniform_(-eps, eps, generator=generator)).clamp_(0, 1)
+
+
+def linf_step(x, x_adv, grad, eps, alpha):
+    """x_adv + alpha * sign(grad), projected to the eps-ball around x and clipped to [0, 1] (Eq. 1 of the paper)."""
+    x_adv = x_adv + alpha * grad.sign()
+    return torch.min(torch.max(x_adv, x - eps), x + eps).clamp_(0, 1)
+
+
+def pgd(forward, x, y, start, eps, alpha, steps, loss=F.cross_entropy, tolerance=None, fooled=None):
+    """L-inf PGD (Madry et al., 2018): the adversarial examples (B, 3, 32, 32) after `steps` steps from `start`.
+
+    Run it inside attack_mode. loss: callable (logits, y, reduction="sum") to be maximised.
+    tolerance: None, or the number of times that an image may be found misclassified before it is no longer moved
+    (early-stopped PGD, Zhang et al., 2020); the attack ends when all images have stopped.
+    fooled: None, or a (B,) bool tensor in which every image is marked whose iterate, the start included and the result
+    excluded, is misclassified.
+    """
+    x_adv = start
+    for _ in range(steps):
+        x_adv = x_adv.detach().requires_grad_()
+        logits = forward(x_adv)
+        if fooled is not None:
+            fooled |= logits.argmax(1) != y
+        if tolerance is not None:
+            tolerance = tolerance - (logits.argmax(1) != y).int()
+            moving = tolerance > 0
+            if not moving.any():
+                break
+        grad, = torch.autograd.grad(loss(logits, y, reduction="sum"), x_adv)
+        with torch.no_grad():
+            moved = linf_step(x, x_adv, grad, eps, alpha)
+            x_adv = moved if tolerance is None else torch.where(moving[:, None, None, None], moved, x_adv)
+    return x_adv.detach()
+
+
+def pgd_evaluate(forward, images, labels, *, eps, alpha=2 / 255, steps=10, restarts=1, loss=F.cross_entropy,
+                 seed=0, batch_size=1000, progress=None):
+    """Which images are classified right: three (N,) bool tensors (clean, last, any), to be averaged into accuracies.
+
+    The defaults are the paper's PGD-10. images (N, 32, 32, 3) uint8. `last`: the last iterate of every restart is
+    classified right (robust_overfitting's count, which selected the paper's checkpoints). `any`: every iterate of
+    every restart is. Run it inside attack_mode(model, "eval"). progress: called with the number of images done.
+    """
+    parts = []
+    for i in range(0, len(images), batch_size):
+        x, y = to_float(images[i : i + batch_size]), labels[i : i + batch_size]
+        with torch.no_grad():
+            clean = forward(x).argmax(1) == y
+        last, fooled = clean.clone(), ~clean
+        for restart in range(restarts):
+            start = random_start(x, eps, seeded(x.device, seed, "evaluation", restart, i))
+            x_adv = pgd(forward, x, y, start, eps, alpha, steps, loss, fooled=fooled)
+            with torch.no_grad():
+                right = forward(x_adv).argmax(1) == y
+            last &= right
+            fooled |= ~right
+        parts.append((clean, last, ~fooled))
+        if progress is not None:
+            progress(len(x))
+    return tuple(torch.cat(p) for p in zip(*parts))
+
+
+def percent(flags):
+    """Accuracy in per cent with two decimals, as the paper prints it, of a bool tensor."""
+    return round(100 * flags.sum().item() / len(flags), 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def smoothed_cross_entropy(logits, y, smoothing, reduction="mean"):
+    """Cross-entropy with target 1 - smoothing on the label and smoothing / (K-1) on each *other* class (Table 4).
+
+    logits (B, K), 0 <= smoothing < 1. torch's own label_smoothing=e spreads e over all K classes: there e would be
+    smoothing * K / (K-1).
+    """
+    log_p = F.log_softmax(logits, dim=1)
+    on_label = -log_p.gather(1, y[:, None]).squeeze(1)                    # (B,)
+    off_label = (-log_p.sum(1) - on_label) / (logits.shape[1] - 1)        # (B,) mean over the other classes
+    loss = (1 - smoothing) * on_label + smoothing * off_label
+    return loss.mean() if reduction == "mean" else loss.sum()
+
+
+def cw_loss(logits, y, reduction="mean"):
+    """The margin max_{i != y} z_i - z_y of Carlini & Wagner (2017); positive means misclassified."""
+    label = F.one_hot(y, logits.shape[1]).bool()
+    margin = logits.masked_fill(label, -math.inf).amax(1) - logits[label]
+    return margin.mean() if reduction == "mean" else margin.sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules and optimisers
+# ---------------------------------------------------------------------------------------------------------------------
+
+SCHEDULES = ("piecewise", "cosine", "onecycle", "linear")
+OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw", "sgd-gc", "sgd-gcc")  # the columns of Table 5
+
+
+def warmup_factor(t, warmup):
+    """Rises linearly from 0 at t = 0 to 1 at t = warmup (epochs) and stays there."""
+    return min(1.0, t / warmup) if warmup else 1.0
+
+
+def eps_at(t, eps, warmup=0):
+    """The training attack's eps at time t (epochs)."""
+    return eps * warmup_factor(t, warmup)
+
+
+def lr_at(t, lr, schedule="piecewise", epochs=110, decay_epochs=(100, 105), decay_factor=0.1, warmup=0):
+    """The learning rate at time t (epochs).
+
+    piecewise: times decay_factor at each of decay_epochs (the paper's). cosine: half a cosine from lr to 0.
+    onecycle: 0 to lr over the first half of the run and back to 0 over the second (Wong et al., 2020).
+    linear: from lr to 0. The first `warmup` epochs rise linearly from 0.
+    """
+    if schedule == "piecewise":
+        rate = lr * decay_factor ** sum(t >= e for e in decay_epochs)
+    elif schedule == "cosine":
+        rate = lr * 0.5 * (1 + math.cos(math.pi * t / epochs))
+    elif schedule == "onecycle":
+        rate = lr * (1 - abs(2 * t / epochs - 1))
+    elif schedule == "linear":
+        rate = lr * (1 - t / epochs)
+    else:
+        raise ValueError(f"unknown schedule {schedule!r}")
+    return rate * warmup_factor(t, warmup)
+
+
+def make_optimizer(model, name, lr, wd, momentum=0.9):
+    """One of Table 5's optimisers; weight decay acts on all parameters, batch norm and biases included.
+
+    sgd-gc and sgd-gcc centralise gradients (Yong et al., 2020): from the gradient of every parameter with more than one
+    dimension (gcc: of convolutions only) its mean over all but the first dimension is subtracted, after weight decay
+    has been added.
+    """
+    params = list(model.parameters())
+    if name == "adam":
+        return torch.optim.Adam(params, lr=lr, weight_decay=wd)
+    if name == "adamw":
+        return torch.optim.AdamW(params, lr=lr, weight_decay=wd)
+    if name in ("sgd", "nesterov"):
+        return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=wd, nesterov=name == "nesterov")
+    if name not in ("sgd-gc", "sgd-gcc"):
+        raise ValueError(f"unknown optimiser {name!r}")
+    min_dim = 2 if name == "sgd-gc" else 4
+    # The hook adds the weight decay of the centralised parameters itself, since it has to come before the mean is taken.
+    groups = [{"params": [p for p in params if p.dim() >= min_dim], "weight_decay": 0.0, "decay_before_centring": wd},
+              {"params": [p for p in params if p.dim() < min_dim], "weight_decay": wd}]
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    optimizer.register_step_pre_hook(_centralise_gradients)
+    return optimizer
+
+
+@torch.no_grad()
+def _centralise_gradients(optimizer, args, kwargs):
+    group = optimizer.param_groups[0]
+    for p in group["params"]:
+        p.grad.add_(p, alpha=group["decay_before_centring"])
+        p.grad.sub_(p.grad.mean(dim=tuple(range(1, p.dim())), keepdim=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line, device and precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a bad command line with one line and exit status 2, and takes no abbreviated flags."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(low, high=math.inf, kind=float, open_high=False):
+    """An argparse type: a number in [low, high], or in [low, high) with open_high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+        if not low <= value <= high or (open_high and value == high) or not math.isfinite(value):
+            interval = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}{')' if open_high else ']'}"
+            raise argparse.ArgumentTypeError(f"{text} is not {interval}")
+        return value
+    return parse
+
+
+def fraction(text):
+    """An argparse type for eps and alpha: "8/255" or "0.031", in [0, 1]."""
+    try:
+        top, _, bottom = text.partition("/")
+        value = float(top) / float(bottom or 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f'{text!r} is neither a number nor a fraction like "8/255"') from None
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f'{text} is out of range: it is on the [0, 1] scale of the images; write "8/255" for 8 grey levels')
+    return value
+
+
+def fraction_text(value):
+    """The fraction of 255 that a value is, or its digits: 8/255, 0.031."""
+    levels = value * 255
+    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-9 and value not in (0, 1) else f"{value:g}"
+
+
+def run_script(main):
+    """Runs main(); an InputError becomes one line on stderr and exit status 2, Ctrl-C one line and 130."""
+    try:
+        main()
+    except InputError as e:
+        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def pick_device(name):
+    """torch.device of "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ... Raises InputError if it is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from None
+    return device
+
+
+def set_precision(precision, device):
+    """Sets the process up for "fp32" (strict), "tf32" (torch's default: TF32 convolutions, on CUDA) or "bf16" (autocast).
+
+    None means tf32 on CUDA and fp32 elsewhere. Returns the name in force. Raises InputError for tf32 without CUDA.
+    """
+    if precision is None:
+        precision = "tf32" if device.type == "cuda" else "fp32"
+    if precision == "tf32" and device.type != "cuda":
+        raise InputError(f"--precision tf32 exists on CUDA only, not on {device.type}")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.benchmark = True
+    return precision
+
+
+def make_forward(model, precision="fp32", compile=False):
+    """forward(x) -> float32 logits of the model: under bf16 autocast, or compiled, where asked.
+
+    Parameters, batch-norm statistics and everything outside the model stay float32. Raises InputError if this machine
+    cannot compile.
+    """
+    device = next(model.parameters()).device.type
+    net = model
+    if compile:
+        # One graph for each of: attack (frozen, train or eval), update, clean pass, test; times the batch sizes.
+        torch._dynamo.config.recompile_limit = 32
+        try:
+            torch.compile(torch.neg)(torch.ones(2, device=device))
+        except Exception as e:  # inductor raises whatever its toolchain raises
+            raise InputError(f"--compile does not work here: {str(e).strip().splitlines()[0]}") from None
+        net = torch.compile(model, dynamic=False)
+
+    def forward(x):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            return net(x).float()
+    return forward
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs and checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it: whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    """value as indented JSON, atomically."""
+    write_atomically(path, lambda f: f.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def read_json(path):
+    """The JSON object in a file. Raises InputError if it cannot be read as one."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path} cannot be read: {e}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object")
+    return value
+
+
+def save_checkpoint(path, checkpoint):
+    """A dict of tensors and plain values, atomically; load_checkpoint reads it back."""
+    write_atomically(path, lambda f: torch.save(checkpoint, f))
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dict in a checkpoint file: ours, {"state_dict": ...}, or a bare state dict (returned as {"state_dict": it}).
+
+    Only tensors and plain values are unpickled (weights_only=True). A `module.` prefix (DataParallel) and the
+    `sub_block1.*` keys of WideResNets, which no forward pass uses, are dropped. Raises InputError for a file that is
+    missing, cut short, holds other objects, or holds no state dict.
+    """
+    try:
+        loaded = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} is refused: it is no checkpoint, or pickles more than tensors and plain values") from None
+    except Exception as e:  # a damaged file can raise nearly anything
+        raise InputError(f"{path} cannot be read as a checkpoint (cut short?): {str(e).strip().splitlines()[0]}") from None
+    if isinstance(loaded, dict) and not isinstance(loaded.get("state_dict"), dict):
+        loaded = {"state_dict": loaded}
+    state = loaded["state_dict"] if isinstance(loaded, dict) else {}
+    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise InputError(f"{path} holds no state dict")
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    loaded["state_dict"] = {k: v for k, v in state.items() if not k.startswith("sub_block1.")}
+    return loaded
+
+
+def load_weights(model, state, path):
+    """model.load_state_dict(state, strict), with an InputError that names the first keys that differ."""
+    own = model.state_dict()
+    different = [f"{k} missing" for k in own if k not in state]
+    different += [f"{k} unexpected" for k in state if k not in own]
+    different += [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
+                  for k in own if k in state and state[k].shape != own[k].shape]
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise InputError(f"{path} is of another architecture: {', '.join(different[:3])}{more}")
+    model.load_state_dict(state)
+
+
+def environment(device):
+    """What a reader needs to know about where numbers come from: commit, versions, device."""
+    def git(*args):
+        done = subprocess.run(["git", "-C", str(HERE), *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    except FileNotFoundError:  # no git on this machine
+        commit = changes = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {
+        "git_commit": commit,
+        "git_dirty": None if changes is None else bool(changes),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                     "cuda": torch.version.cuda if device.type == "cuda" else None},
+        "device": name,
+    }
+
+
+@contextlib.contextmanager
+def run_folder(out, lock=".lock"):
+    """Makes the folder and holds a lock in it while open; a killed process frees it. Raises InputError if another has it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        f = open(out / lock, "w")
+    except OSError as e:
+        raise InputError(f"cannot write into {out}: {e.strerror}") from None
+    with f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another process is working in {out}") from None
+        yield
+
+
+def run_name(prefix, args, defaults):
+    """A readable name out of what differs from the defaults: pgdat-bn-mode-eval-ls0.1."""
+    def text(v):
+        if isinstance(v, (list, tuple)):
+            return "-".join(map(str, v))
+        return Path(v).stem if isinstance(v, str) else f"{v:g}"
+
+    parts = [prefix]
+    for key, value in vars(args).items():
+        if key in defaults and value != defaults[key] and key not in NOT_A_SETTING:
+            glue = "-" if isinstance(value, str) else ""
+            parts.append(f"{key.replace('_', '-')}{glue}{text(value)}")
+    return "-".join(parts)
+
+
+# Flags that say where and how a run happens, not what is trained: they may differ when it is resumed.
+NOT_A_SETTING = ("out", "resume", "data_dir", "device", "dry_run")
+
+
+def open_run(out, args, data_sha256, device):
+    """Readies the folder of a run, under its lock: writes args.json, or with --resume checks it. Returns last.pt's dict or None.
+
+    Raises InputError if the folder already holds a run and --resume was not given, or if the run there was started with
+    other arguments or data.
+    """
+    record, last = out / "args.json", out / "last.pt"
+    now = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], **environment(device)}
+    if not record.exists():
+        write_json(record, {"args": vars(args), **now, "data_sha256": data_sha256, "resumed": []})
+        return None
+    if not args.resume:
+        raise InputError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
+    before = read_json(record)
+    theirs, ours = dict(before["args"]), json.loads(json.dumps(vars(args)))
+    differ = [f"--{k.replace('_', '-')} was {theirs.get(k)}, is {ours.get(k)}" for k in sorted(theirs | ours)
+              if k not in NOT_A_SETTING and theirs.get(k) != ours.get(k)]
+    if before["data_sha256"] != data_sha256:
+        differ.append("the data are other data")
+    if differ:
+        raise InputError(f"{out} was started with other arguments: {'; '.join(differ)}")
+    if not last.exists():
+        return None
+    checkpoint = load_checkpoint(last, device)
+    before["resumed"].append({"epoch": checkpoint["epoch"], **now})
+    write_json(record, before)
+    return checkpoint
+
+
+def trim_log(path, epoch):
+    """Drops from log.jsonl what a killed run had written beyond its last checkpoint (of `epoch` epochs), torn lines too."""
+    if path.exists():
+        lines = path.read_text().splitlines()[:epoch]
+        write_atomically(path, lambda f: f.write("".join(f"{line}\n" for line in lines).encode()))
+
+
+def append_log(path, entry):
+    """One JSON line, on the disk when this returns."""
+    with open(path, "a") as f:
+        f.write(json.dumps(entry) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+class Meter:
+    """Sums over an epoch, kept on the device so that a training step never waits for the host."""
+
+    def __init__(self, device):
+        self.sums = torch.zeros(3, device=device)          # loss, right on adversarial, right on clean images
+        self.bad_step = torch.full((), -1, device=device)  # the first step whose loss was not finite
+        self.images = 0
+
+    @torch.no_grad()
+    def add(self, step, loss, y, logits, clean_logits=None):
+        """loss (): the batch mean; logits (B, K) on the adversarial images; clean_logits (B, K) or None."""
+        right = (logits.argmax(1) == y).sum()
+        right_clean = torch.zeros_like(right) if clean_logits is None else (clean_logits.argmax(1) == y).sum()
+        self.sums += torch.stack([loss * len(y), right, right_clean])
+        self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(loss), step, self.bad_step)
+        self.images += len(y)
+
+    def read(self):
+        """Mean loss, adversarial and clean accuracy in per cent. Waits for the device.
+
+        Raises FloatingPointError(step) with the first step whose loss was not finite.
+        """
+        if self.bad_step >= 0:
+            raise FloatingPointError(self.bad_step.item())
+        loss, adv, clean = (self.sums / self.images).tolist()
+        return round(loss, 5), round(100 * adv, 2), round(100 * clean, 2)
+
+
+def clock(seconds):
+    """1:02:03 or 2:03."""
+    m, s = divmod(int(seconds + 0.5), 60)
+    h, m = divmod(m, 60)
+    return f"{h}:{m:02}:{s:02}" if h else f"{m}:{s:02}"
