@@ -243,9 +243,10 @@ def main():
             load_weights(model, checkpoint["state_dict"], out / "last.pt")
             optimizer.load_state_dict(checkpoint["optimizer"])
             done, best = checkpoint["epoch"], checkpoint["best"]
-            print(f"going on with {out} after epoch {done}")
+            print(f"{out} has finished" if done == args.epochs else f"going on with {out} after epoch {done}")
         trim_log(out / "log.jsonl", done)
-        print(f"    epoch        lr    loss |    adv  clean |  clean PGD-10   |     time     left    (train | {select})")
+        if done < args.epochs:
+            print(f"    epoch        lr    loss |    adv  clean |  clean PGD-10   |     time     left    (train | {select})")
         started = time.time()
         for epoch in range(done, args.epochs):
             epoch_started = time.time()

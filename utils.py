@@ -19,6 +19,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import subprocess
 import sys
 import zipfile
@@ -36,6 +37,11 @@ HERE = Path(__file__).resolve().parent
 
 class InputError(ValueError):
     """The user's input cannot be used. The scripts print the message as one line and exit with status 2."""
+
+
+def first_line(error):
+    """The first line of an exception's message, or its type's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +115,7 @@ def read_npz(path):
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as e:
         if isinstance(e, InputError):
             raise
-        raise InputError(f"{path} cannot be read as a data set (truncated, or not an .npz): {str(e).splitlines()[0]}") from None
+        raise InputError(f"{path} cannot be read as a data set (truncated, or not an .npz): {first_line(e)}") from None
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         check(images.dtype == np.uint8 and images.ndim == 4 and images.shape[1:] == (32, 32, 3) and len(images) > 0,
@@ -379,6 +385,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\d")  # so that -1e-4 is a (bad) value, not an unknown flag
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -436,7 +443,7 @@ def pick_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise InputError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from None
+        raise InputError(f"device {name!r} cannot be used: {first_line(e)}") from None
     return device
 
 
@@ -468,7 +475,7 @@ def make_forward(model, precision="fp32", compile=False):
         try:
             torch.compile(torch.neg)(torch.ones(2, device=device))
         except Exception as e:  # inductor raises whatever its toolchain raises
-            raise InputError(f"--compile does not work here: {str(e).strip().splitlines()[0]}") from None
+            raise InputError(f"--compile does not work here: {first_line(e)}") from None
         net = torch.compile(model, dynamic=False)
 
     def forward(x):
@@ -528,7 +535,7 @@ def load_checkpoint(path, device="cpu"):
     except pickle.UnpicklingError:
         raise InputError(f"{path} is refused: it is no checkpoint, or pickles more than tensors and plain values") from None
     except Exception as e:  # a damaged file can raise nearly anything
-        raise InputError(f"{path} cannot be read as a checkpoint (cut short?): {str(e).strip().splitlines()[0]}") from None
+        raise InputError(f"{path} cannot be read as a checkpoint (cut short?): {first_line(e)}") from None
     if isinstance(loaded, dict) and not isinstance(loaded.get("state_dict"), dict):
         loaded = {"state_dict": loaded}
     state = loaded["state_dict"] if isinstance(loaded, dict) else {}

