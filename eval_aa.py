@@ -1,10 +1,10 @@
 """Clean, PGD-10 and AutoAttack accuracy of a run, of one of our checkpoints, or of anyone's CIFAR checkpoint.
 
-    python eval_aa.py runs/NAME                                       its best checkpoint, all test images -> runs/NAME/result.json
-    python eval_aa.py runs/NAME --which last                          its last one -> result_last.json (the gap is robust overfitting)
-    python eval_aa.py wrn.pt --model wrn-34-10 --no-normalize         a state dict from elsewhere -> wrn_result.json
-    python eval_aa.py runs/NAME --n 1000 --attacks apgd-ce,apgd-t     a quick look; never called AA
-    python eval_aa.py runs/NAME --attacks none --pgd-steps 50 --restarts 10 --loss cw    for signs of gradient masking
+    python eval_aa.py runs/NAME                                  its best checkpoint, all test images -> runs/NAME/result.json
+    python eval_aa.py runs/NAME --which last                     its last one -> result_last.json (the gap: robust overfitting)
+    python eval_aa.py wrn.pt --model wrn-34-10 --no-normalize    a state dict from elsewhere -> wrn_result.json
+    python eval_aa.py runs/NAME --n 1000 --attacks apgd-ce,apgd-t   a quick look; never called AA
+    python eval_aa.py runs/NAME --attacks none --pgd-steps 50 --restarts 10 --loss cw   against gradient masking
 
 Accuracies are per cent of the images. `pgd10` counts an image as robust if the last iterate is classified right (as the
 paper's checkpoints were selected), `pgd10_any` if every iterate is. AutoAttack is the `standard` version (Croce & Hein,
@@ -49,9 +49,9 @@ def attack_list(text):
 def parse_args(argv=None):
     p = Parser(description=__doc__)
     p.add_argument("target", type=Path, help="a run's folder or a checkpoint file")
-    p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run's folder (default: %(default)s)")
-    p.add_argument("--model", help="architecture of a checkpoint that does not name its own: " + ", ".join(models.MODELS))
-    p.add_argument("--activation", help="its non-linearity (default: relu): " + ", ".join(models.ACTIVATIONS))
+    p.add_argument("--which", choices=("best", "last"), default="best", help="of a run's folder (default: %(default)s)")
+    p.add_argument("--model", help=f"of a checkpoint that does not name it: {', '.join(models.MODELS)}")
+    p.add_argument("--activation", help=f"likewise: {', '.join(models.ACTIVATIONS)} (default: relu)")
     p.add_argument("--no-normalize", action="store_true", help="it takes images in [0, 1] as they are")
     p.add_argument("--mean", type=number(0, 1), nargs=3, metavar="M", help="its channel means (default: PGD-AT's, of CIFAR-10)")
     p.add_argument("--std", type=number(1e-6), nargs=3, metavar="S", help="its channel standard deviations (likewise)")
@@ -60,16 +60,18 @@ def parse_args(argv=None):
     p.add_argument("--data-dir", default="data", help="where cifar10.npz is, or is put on first use (default: %(default)s)")
     p.add_argument("--n", type=number(1, kind=int), help="evaluate the first N test images (default: all)")
     p.add_argument("--eps", type=fraction, help='L-inf radius on the [0, 1] scale (default: the run\'s, or 8/255)')
-    p.add_argument("--attacks", type=attack_list, default="standard", help="standard, none, or a comma-separated quick look: " + ", ".join(ATTACKS) + " (default: %(default)s)")
-    p.add_argument("--pgd-steps", type=number(1, kind=int), default=10, help="a further PGD, beside PGD-10, with this many steps of 2/255,")
+    p.add_argument("--attacks", type=attack_list, default="standard",
+                   help=f"standard, none, or a quick look: a list out of {','.join(ATTACKS)} (default: %(default)s)")
+    p.add_argument("--pgd-steps", type=number(1, kind=int), default=10, help="beside PGD-10 a PGD with this many steps of 2/255,")
     p.add_argument("--restarts", type=number(1, kind=int), default=1, help="this many random starts")
     p.add_argument("--loss", choices=LOSSES, default="ce", help="and this loss (cw: the margin of Carlini & Wagner)")
 
     p.add_argument("--seed", type=number(0, kind=int), default=0, help="of the attacks (default: %(default)s)")
     p.add_argument("--batch-size", type=number(1, kind=int), default=500, help="images a batch (default: %(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
-    p.add_argument("--precision", choices=("fp32", "tf32"), help="tf32: torch's default for float32 (the default on CUDA); fp32: strict")
-    p.add_argument("--out", type=Path, help="the result's file (default: result.json in the run's folder, CHECKPOINT_result.json beside another)")
+    p.add_argument("--precision", choices=("fp32", "tf32"), help="fp32: strict; tf32: torch's own default (default on CUDA)")
+    p.add_argument("--out", type=Path, 
+                   help="the result's file (default: result.json in the run's folder; CHECKPOINT_result.json beside another)")
     p.add_argument("--overwrite", action="store_true", help="discard what that file holds of other settings")
     args = p.parse_args(argv)
     if args.no_normalize and (args.mean or args.std):

@@ -32,11 +32,12 @@ from utils import (
 def make_parser():
     p = Parser(description=__doc__)
     g = p.add_argument_group("model and data")
-    g.add_argument("--model", default="preactresnet-18", help="architecture: " + ", ".join(models.MODELS) + " (default: %(default)s, the paper's ResNet-18)")
-    g.add_argument("--activation", default="relu", help="non-linearity: " + ", ".join(models.ACTIVATIONS) + " (default: %(default)s)")
+    g.add_argument("--model", default="preactresnet-18", help=f"{', '.join(models.MODELS)} (default: %(default)s, the paper's ResNet-18)")
+    g.add_argument("--activation", default="relu", help=f"{', '.join(models.ACTIVATIONS)} (default: %(default)s)")
     g.add_argument("--dataset", default="cifar10", help="cifar10, cifar100 or the path of an .npz (default: %(default)s)")
     g.add_argument("--data-dir", default="data", help="where cifar10.npz is, or is put on first use (default: %(default)s)")
-    g.add_argument("--val", type=number(0, kind=int), default=0, metavar="N", help="hold out N training images and choose the best checkpoint on them (default: 0, chosen on the test set as in the paper)")
+    g.add_argument("--val", type=number(0, kind=int), default=0, metavar="N",
+                   help="choose the best checkpoint on N held-out training images (default: 0, on the test set as in the paper)")
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=number(1, kind=int), default=110, help="(default: %(default)s)")
@@ -46,25 +47,32 @@ def make_parser():
     g.add_argument("--momentum", type=number(0, 1, open_high=True), default=0.9, help="of the SGD family (default: %(default)s)")
     g.add_argument("--wd", type=number(0), default=5e-4, help="weight decay on all parameters (default: %(default)s)")
     g.add_argument("--lr-schedule", choices=SCHEDULES, default="piecewise", help="(default: %(default)s)")
-    g.add_argument("--lr-decay-epochs", type=number(0), nargs="+", default=[100, 105], metavar="EPOCH", help="of the piecewise schedule (default: 100 105)")
-    g.add_argument("--lr-decay-factor", type=number(0, 1), default=0.1, help="what the rate is multiplied by there (default: %(default)s)")
-    g.add_argument("--warmup-lr", type=number(0), default=0, metavar="EPOCHS", help="lr rises linearly from 0 over these (default: 0)")
-    g.add_argument("--ls", type=number(0, 1, open_high=True), default=0, help="label smoothing: mass spread over the other classes, in [0, 1) (default: 0)")
+    g.add_argument("--lr-decay-epochs", type=number(0), nargs="+", default=[100, 105], metavar="EPOCH",
+                   help="of the piecewise schedule (default: 100 105)")
+    g.add_argument("--lr-decay-factor", type=number(0, 1), default=0.1, help="multiplies lr there (default: %(default)s)")
+    g.add_argument("--warmup-lr", type=number(0), default=0, metavar="EPOCHS", help="lr rises linearly from 0 (default: 0)")
+    g.add_argument("--ls", type=number(0, 1, open_high=True), default=0,
+                   help="label smoothing: the mass spread over the other classes, in [0, 1) (default: 0)")
 
     g = p.add_argument_group("training attack")
     g.add_argument("--attack", choices=("pgd", "none"), default="pgd", help="none: standard training (default: %(default)s)")
-    g.add_argument("--eps", type=fraction, default=8 / 255, help='L-inf radius on the [0, 1] scale, e.g. "8/255" (the default); also of the PGD-10 test')
+    g.add_argument("--eps", type=fraction, default=8 / 255,
+                   help='L-inf radius of this attack and of the PGD-10 test, on the [0, 1] scale (default: 8/255)')
     g.add_argument("--alpha", type=fraction, default=2 / 255, help='step size on the [0, 1] scale (default: 2/255)')
     g.add_argument("--steps", type=number(1, kind=int), default=10, help="attack steps (default: %(default)s)")
-    g.add_argument("--warmup-eps", type=number(0), default=0, metavar="EPOCHS", help="eps rises linearly from 0 over these (default: 0)")
-    g.add_argument("--early-stop-pgd", type=number(0), nargs=2, default=None, metavar="EPOCH", help="stop moving an image once it has been misclassified 1 time, 2 times from the first epoch on, 3 from the second (Table 2: 40 70)")
+    g.add_argument("--warmup-eps", type=number(0), default=0, metavar="EPOCHS", help="eps rises linearly from 0 (default: 0)")
+    g.add_argument("--early-stop-pgd", type=number(0), nargs=2, default=None, metavar="EPOCH",
+                   help="stop moving an image once misclassified 1 time, from the first epoch on 2 times, from the second 3")
     g.add_argument("--bn-mode", choices=("train", "eval"), default="train", help="batch norm while attacking (default: %(default)s)")
-    g.add_argument("--bn-clean-passes", type=int, choices=(0, 1, 2), default=2, help="clean forwards a step that only move the running statistics: 1 after the update, 2 also before it (default: 2, as the authors' code)")
+    g.add_argument("--bn-clean-passes", type=int, choices=(0, 1, 2), default=2,
+                   help="clean forwards a step that only move BN's running statistics: 1 is after the update, 2 adds one before it "
+                        "(default: 2, as the authors' code)")
 
     g = p.add_argument_group("run")
-    g.add_argument("--eval-every", type=number(1, kind=int), default=1, metavar="EPOCHS", help="test every so many epochs, and after the last (default: %(default)s)")
+    g.add_argument("--eval-every", type=number(1, kind=int), default=1, metavar="EPOCHS",
+                   help="test every so many epochs, and after the last (default: %(default)s)")
     g.add_argument("--seed", type=number(0, kind=int), default=0, help="(default: %(default)s)")
-    g.add_argument("--out", default=None, help="the run's folder (default: runs/ and a name out of what differs from the defaults)")
+    g.add_argument("--out", default=None, help="the run's folder (default: runs/ and what differs from the defaults)")
     g.add_argument("--resume", action="store_true", help="go on with the run in that folder, if there is one")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
     g.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default=None, help="(default: tf32 on CUDA, fp32 elsewhere)")
