@@ -50,8 +50,8 @@ def parse_args(argv=None):
     p = Parser(description=__doc__)
     p.add_argument("target", type=Path, help="a run's folder or a checkpoint file")
     p.add_argument("--which", choices=("best", "last"), default="best", help="of a run's folder (default: %(default)s)")
-    p.add_argument("--model", help=f"of a checkpoint that does not name it: {', '.join(models.MODELS)}")
-    p.add_argument("--activation", help=f"likewise: {', '.join(models.ACTIVATIONS)} (default: relu)")
+    p.add_argument("--model", choices=models.MODELS, metavar="NAME", help=f"of a checkpoint that does not name it: {', '.join(models.MODELS)}")
+    p.add_argument("--activation", choices=models.ACTIVATIONS, metavar="NAME", help=f"likewise: {', '.join(models.ACTIVATIONS)} (default: relu)")
     p.add_argument("--no-normalize", action="store_true", help="it takes images in [0, 1] as they are")
     p.add_argument("--mean", type=number(0, 1), nargs=3, metavar="M", help="its channel means (default: PGD-AT's, of CIFAR-10)")
     p.add_argument("--std", type=number(1e-6), nargs=3, metavar="S", help="its channel standard deviations (likewise)")
@@ -114,8 +114,8 @@ def rebuild(args, path, checkpoint, data_classes):
         num_classes = data_classes
     try:
         model = models.build(spec["model"], num_classes, spec["activation"], spec["normalize"])
-    except ValueError as e:
-        raise InputError(str(e)) from None
+    except ValueError as e:  # a checkpoint that names something we do not have
+        raise InputError(f"{path}: {e}") from None
     load_weights(model, checkpoint["state_dict"], path)
     return model, spec
 

@@ -13,7 +13,7 @@ reason, in the README's table of deviations. A run leaves args.json, log.jsonl, 
 Cost: 25 forward-equivalents an image (20 of them the attack's), 110 epochs.
 """
 
-import sys
+import math
 import time
 from pathlib import Path
 
@@ -22,18 +22,22 @@ from tqdm import tqdm
 
 import models
 from utils import (
-    OPTIMIZERS, SCHEDULES, InputError, Meter, Parser, append_log, attack_mode, batches, clock, dataset_size, eps_at,
-    fraction, fraction_text, hold_out, load_dataset, load_weights, lr_at, make_forward, make_optimizer, number, open_run,
-    percent, pgd, pgd_evaluate, pick_device, random_start, run_folder, run_name, run_script, save_checkpoint, seeded,
-    set_precision, smoothed_cross_entropy, trim_log,
+    OPTIMIZERS, SCHEDULES, InputError, Meter, Parser, attack_mode, batches, dataset_size, fraction, hold_out, load_dataset,
+    make_forward, make_optimizer, number, open_run, percent, pgd, pgd_evaluate, pick_device, random_start, resolve,
+    restore, run_folder, run_script, save_epoch, schedule, seeded, set_precision, show_epoch, show_setting,
+    smoothed_cross_entropy, stop_diverged, trim_log, without_effect,
 )
+
+NORMALIZE = models.CIFAR_NORMALIZE  # inside the model, so that the attack lives in [0, 1]
 
 
 def make_parser():
     p = Parser(description=__doc__)
     g = p.add_argument_group("model and data")
-    g.add_argument("--model", default="preactresnet-18", help=f"{', '.join(models.MODELS)} (default: %(default)s, the paper's ResNet-18)")
-    g.add_argument("--activation", default="relu", help=f"{', '.join(models.ACTIVATIONS)} (default: %(default)s)")
+    g.add_argument("--model", choices=models.MODELS, default="preactresnet-18", metavar="NAME",
+                   help=f"{', '.join(models.MODELS)} (default: %(default)s, the paper's ResNet-18)")
+    g.add_argument("--activation", choices=models.ACTIVATIONS, default="relu", metavar="NAME",
+                   help=f"{', '.join(models.ACTIVATIONS)} (default: %(default)s)")
     g.add_argument("--dataset", default="cifar10", help="cifar10, cifar100 or the path of an .npz (default: %(default)s)")
     g.add_argument("--data-dir", default="data", help="where cifar10.npz is, or is put on first use (default: %(default)s)")
     g.add_argument("--val", type=number(0, kind=int), default=0, metavar="N",
@@ -84,40 +88,12 @@ def make_parser():
 def parse_args(argv=None):
     """The resolved setting of a command line. One that names a flag without effect is refused with exit status 2."""
     p = make_parser()
-    defaults = vars(p.parse_args([]))
     args = p.parse_args(argv)
-
-    def without_effect(condition, *flags):
-        for flag in flags:
-            if getattr(args, flag) != defaults[flag]:
-                p.error(f"--{flag.replace('_', '-')} has no effect with {condition}")
-
     if args.attack == "none":
-        without_effect("--attack none", "eps", "alpha", "steps", "warmup_eps", "early_stop_pgd", "bn_mode", "bn_clean_passes")
-    if args.optimizer in ("adam", "adamw"):
-        without_effect(f"--optimizer {args.optimizer}", "momentum")
-    if args.optimizer == "nesterov" and args.momentum == 0:
-        p.error("--optimizer nesterov needs a --momentum above 0")
-    if args.lr_schedule != "piecewise":
-        without_effect(f"--lr-schedule {args.lr_schedule}", "lr_decay_epochs", "lr_decay_factor")
+        without_effect(p, args, "--attack none", "eps", "alpha", "steps", "warmup_eps", "early_stop_pgd", "bn_mode", "bn_clean_passes")
     if args.early_stop_pgd and args.early_stop_pgd[0] >= args.early_stop_pgd[1]:
         p.error("--early-stop-pgd takes two rising epochs")
-    try:
-        with torch.device("meta"):
-            models.build(args.model, activation=args.activation)
-    except ValueError as e:
-        p.error(str(e))
-    if args.out is None:
-        args.out = f"runs/{run_name('pgdat', args, defaults)}"
-    if args.lr is None:
-        args.lr = 1e-4 if args.optimizer in ("adam", "adamw") else 0.1
-    return args
-
-
-def schedule(t, args):
-    """(learning rate, eps) at time t in epochs."""
-    lr = lr_at(t, args.lr, args.lr_schedule, args.epochs, args.lr_decay_epochs, args.lr_decay_factor, args.warmup_lr)
-    return lr, eps_at(t, args.eps, args.warmup_eps)
+    return resolve(p, args, "pgdat")
 
 
 def adversarial(model, forward, x, y, eps, args, epoch, noise):
@@ -157,7 +133,7 @@ def train_step(model, forward, optimizer, x, y, eps, args, epoch, noise):
 
 def train_epoch(model, forward, optimizer, images, labels, args, epoch):
     """One pass over the training images (N, 32, 32, 3). Returns the epoch's part of its log line."""
-    device, steps = images.device, -(-len(labels) // args.batch_size)
+    device, steps = images.device, math.ceil(len(labels) / args.batch_size)
     meter = Meter(device)
     model.train()
     order = seeded(device, args.seed, "data", epoch)
@@ -190,31 +166,6 @@ def test(model, forward, images, labels, args, epoch, prefix):
     return {f"{prefix}_clean": percent(clean), f"{prefix}_pgd10": percent(robust) if args.attack == "pgd" else None}
 
 
-def show_setting(args, model, n_train, n_test):
-    """Prints everything that decides the run."""
-    for key, value in vars(args).items():
-        print(f"  --{key.replace('_', '-'):18}{fraction_text(value) if key in ('eps', 'alpha') else value}")
-    steps = -(-n_train // args.batch_size)
-    held_out = f" (and {args.val:,} held out)" if args.val else ""
-    print(f"data   {args.dataset}: {n_train:,} training images{held_out}, {n_test:,} test images")
-    print(f"model  {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    print(f"steps  {args.epochs} epochs of {steps:,}: {args.epochs * steps:,}")
-    late = [f"{e:g}" for e in args.lr_decay_epochs if e >= args.epochs]
-    if args.lr_schedule == "piecewise" and late:
-        print(f"warning: the learning rate never drops at {', '.join(late)}, for the run ends after {args.epochs} epochs")
-
-
-def show_epoch(entry, split, epochs, is_best, seconds_left):
-    """One aligned line an epoch, the best so far starred; a header before the first."""
-    def cell(value):
-        return "     -" if value is None else f"{value:6.2f}"
-
-    print(f"{entry['epoch']:4}/{epochs:<4} {entry['lr']:9.2e} {entry['train_loss']:7.4f} | "
-          f"{cell(entry['train_adv_acc'])} {cell(entry['train_clean_acc'])} | "
-          f"{cell(entry.get(split + '_clean'))} {cell(entry.get(split + '_pgd10'))} {'*' if is_best else ' '} | "
-          f"{clock(entry['seconds']):>8} {clock(seconds_left):>8}", flush=True)
-
-
 def main():
     args = parse_args()
     device = pick_device(args.device)
@@ -230,7 +181,7 @@ def main():
 
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):  # initialised on the CPU, so alike on every device
-        model = models.build(args.model, num_classes, args.activation, models.CIFAR_NORMALIZE)
+        model = models.build(args.model, num_classes, args.activation, NORMALIZE)
     show_setting(args, model, n_train, n_test)
     if args.dry_run:
         return
@@ -240,50 +191,37 @@ def main():
     train, val = hold_out(data.train_images, data.train_labels, args.val)
     splits = {"val": val} if args.val else {}
     splits["test"] = (data.test_images, data.test_labels)
-    select = "val" if args.val else "test"                      # the split that the best checkpoint is chosen on,
+    select = next(iter(splits))                                   # the split that the best checkpoint is chosen on,
     measure = f"{select}_{'pgd10' if args.attack == 'pgd' else 'clean'}"  # and by which accuracy
 
     out = Path(args.out)
     with run_folder(out):
         checkpoint = open_run(out, args, data.sha256, device)
-        done, best = 0, None
-        if checkpoint:
-            load_weights(model, checkpoint["state_dict"], out / "last.pt")
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            done, best = checkpoint["epoch"], checkpoint["best"]
-            print(f"{out} has finished" if done == args.epochs else f"going on with {out} after epoch {done}")
+        done, best = restore(checkpoint, model, optimizer, out / "last.pt") if checkpoint else (0, None)
         trim_log(out / "log.jsonl", done)
+        if done:
+            print(f"{out} has finished" if done == args.epochs else f"going on with {out} after epoch {done}")
         if done < args.epochs:
-            print(f"    epoch        lr    loss |    adv  clean |  clean PGD-10   |     time     left    (train | {select})")
+            show_epoch(None, select, args.epochs, False, None)
         started = time.time()
         for epoch in range(done, args.epochs):
             epoch_started = time.time()
             try:
                 entry = {"epoch": epoch + 1, **train_epoch(model, forward, optimizer, *train, args, epoch)}
             except FloatingPointError as e:
-                step, = e.args
-                lr, _ = schedule(epoch + step / -(-n_train // args.batch_size), args)
-                good = f"the last good checkpoint is {out / 'last.pt'} (epoch {epoch})" if epoch else "there is no good checkpoint yet"
-                sys.exit(f"train_pgdat.py: stopped: loss or weights not finite at step {step} of epoch {epoch + 1}, lr {lr:g}; {good}")
-            is_best = False
+                stop_diverged(e.args[0], epoch, math.ceil(n_train / args.batch_size), args)
             if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
                 for split, (images, labels) in splits.items():
                     entry |= test(model, forward, images, labels, args, epoch, split)
-                is_best = best is None or entry[measure] > best[measure]
+                if best is None or entry[measure] > best[measure]:
+                    best = entry
             entry["seconds"] = round(time.time() - epoch_started, 2)
-            append_log(out / "log.jsonl", entry)
-            # The log line comes first and last.pt last: a run killed in between does this epoch again, exactly.
-            weights = {"state_dict": model.state_dict(), "args": vars(args), "num_classes": num_classes,
-                       "normalize": models.CIFAR_NORMALIZE, "epoch": epoch + 1, "log": entry}
-            if is_best:
-                best = entry
-                save_checkpoint(out / "best.pt", weights)
-            save_checkpoint(out / "last.pt", {**weights, "optimizer": optimizer.state_dict(), "best": best})
+            save_epoch(out, entry, best, model, optimizer, {"args": vars(args), "num_classes": num_classes, "normalize": NORMALIZE})
             per_epoch = (time.time() - started) / (epoch + 1 - done)
-            show_epoch(entry, select, args.epochs, is_best, per_epoch * (args.epochs - epoch - 1))
+            show_epoch(entry, select, args.epochs, best is entry, per_epoch * (args.epochs - epoch - 1))
 
-    robust = f", PGD-10 {best[f'{select}_pgd10']:.2f}" if args.attack == "pgd" else ""
-    print(f"best of {args.epochs} epochs, on the {select} set: epoch {best['epoch']}, clean {best[f'{select}_clean']:.2f}{robust}: {out / 'best.pt'}")
+    figures = f"clean {best[f'{select}_clean']:.2f}" + (f", PGD-10 {best[f'{select}_pgd10']:.2f}" if args.attack == "pgd" else "")
+    print(f"best of {args.epochs} epochs on the {select} set: epoch {best['epoch']}, {figures}: {out / 'best.pt'}")
     print(f"evaluate it with: python eval_aa.py {out}")
 
 

@@ -135,7 +135,9 @@ def dataset_size(name_or_path, data_dir="data"):
 
 
 def hold_out(images, labels, n):
-    """((images, labels) to train on, (images, labels) held out): n random images, the same ones for every seed."""
+    """((images, labels) to train on, (images, labels) held out or None): n random images, the same ones for every seed."""
+    if n == 0:
+        return (images, labels), None
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(labels))).to(labels.device)
     held, rest = order[:n], order[n:].sort().values
     return (images[rest], labels[rest]), (images[held], labels[held])
@@ -342,6 +344,12 @@ def lr_at(t, lr, schedule="piecewise", epochs=110, decay_epochs=(100, 105), deca
     return rate * warmup_factor(t, warmup)
 
 
+def schedule(t, args):
+    """(learning rate, eps) that the flags of a training script give at time t (epochs)."""
+    lr = lr_at(t, args.lr, args.lr_schedule, args.epochs, args.lr_decay_epochs, args.lr_decay_factor, args.warmup_lr)
+    return lr, eps_at(t, args.eps, args.warmup_eps)
+
+
 def make_optimizer(model, name, lr, wd, momentum=0.9):
     """One of Table 5's optimisers; weight decay acts on all parameters, batch norm and biases included.
 
@@ -403,6 +411,29 @@ def number(low, high=math.inf, kind=float, open_high=False):
             raise argparse.ArgumentTypeError(f"{text} is not {interval}")
         return value
     return parse
+
+
+def without_effect(parser, args, condition, *flags):
+    """Refuses, with exit status 2, a flag that was set although it does nothing under this condition."""
+    for flag in flags:
+        if getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag.replace('_', '-')} has no effect with {condition}")
+
+
+def resolve(parser, args, prefix):
+    """Fills in the defaults of a training script's flags that depend on others, and refuses what contradicts itself."""
+    adam = args.optimizer in ("adam", "adamw")
+    if adam:
+        without_effect(parser, args, f"--optimizer {args.optimizer}", "momentum")
+    if args.optimizer == "nesterov" and args.momentum == 0:
+        parser.error("--optimizer nesterov needs a --momentum above 0")
+    if args.lr_schedule != "piecewise":
+        without_effect(parser, args, f"--lr-schedule {args.lr_schedule}", "lr_decay_epochs", "lr_decay_factor")
+    if args.out is None:
+        args.out = f"runs/{run_name(prefix, args, parser)}"
+    if args.lr is None:
+        args.lr = 1e-4 if adam else 0.1
+    return args
 
 
 def fraction(text):
@@ -595,8 +626,8 @@ def run_folder(out, lock=".lock"):
         yield
 
 
-def run_name(prefix, args, defaults):
-    """A readable name out of what differs from the defaults: pgdat-bn-mode-eval-ls0.1."""
+def run_name(prefix, args, parser):
+    """A readable name out of what differs from the parser's defaults: pgdat-bn-mode-eval-ls0.1."""
     def text(v):
         if isinstance(v, (list, tuple)):
             return "-".join(map(str, v))
@@ -604,7 +635,7 @@ def run_name(prefix, args, defaults):
 
     parts = [prefix]
     for key, value in vars(args).items():
-        if key in defaults and value != defaults[key] and key not in NOT_A_SETTING:
+        if value != parser.get_default(key) and key not in NOT_A_SETTING:
             glue = "-" if isinstance(value, str) else ""
             parts.append(f"{key.replace('_', '-')}{glue}{text(value)}")
     return "-".join(parts)
@@ -631,6 +662,8 @@ def open_run(out, args, data_sha256, device):
     theirs, ours = dict(before["args"]), json.loads(json.dumps(vars(args)))
     differ = [f"--{k.replace('_', '-')} was {theirs.get(k)}, is {ours.get(k)}" for k in sorted(theirs | ours)
               if k not in NOT_A_SETTING and theirs.get(k) != ours.get(k)]
+    if before["command"][0] != now["command"][0]:
+        differ.insert(0, f"the script was {before['command'][0]}")
     if before["data_sha256"] != data_sha256:
         differ.append("the data are other data")
     if differ:
@@ -656,6 +689,61 @@ def append_log(path, entry):
         f.write(json.dumps(entry) + "\n")
         f.flush()
         os.fsync(f.fileno())
+
+
+def restore(checkpoint, model, optimizer, path):
+    """Puts a run's last.pt back into model and optimiser; returns (epochs done, log entry of the best epoch)."""
+    load_weights(model, checkpoint["state_dict"], path)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["epoch"], checkpoint["best"]
+
+
+def save_epoch(out, entry, best, model, optimizer, about):
+    """Puts an epoch on the disk: its line in log.jsonl, best.pt if it is the best one, last.pt.
+
+    entry, best: log entries of this epoch and of the best one so far; about: what else rebuilding the model takes.
+    The line comes first and last.pt last: a run killed in between does this epoch again, exactly (see trim_log).
+    """
+    append_log(out / "log.jsonl", entry)
+    checkpoint = {"state_dict": model.state_dict(), "epoch": entry["epoch"], "log": entry, **about}
+    if best is entry:
+        save_checkpoint(out / "best.pt", checkpoint)
+    save_checkpoint(out / "last.pt", {**checkpoint, "optimizer": optimizer.state_dict(), "best": best})
+
+
+def show_setting(args, model, n_train, n_test):
+    """Prints everything that decides a training run."""
+    for key, value in vars(args).items():
+        print(f"  --{key.replace('_', '-'):18}{fraction_text(value) if key in ('eps', 'alpha') else value}")
+    steps = math.ceil(n_train / args.batch_size)
+    held_out = f" (and {args.val:,} held out)" if args.val else ""
+    print(f"data   {args.dataset}: {n_train:,} training images{held_out}, {n_test:,} test images")
+    print(f"model  {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"steps  {args.epochs} epochs of {steps:,}: {args.epochs * steps:,}")
+    late = [f"{e:g}" for e in args.lr_decay_epochs if e >= args.epochs]
+    if args.lr_schedule == "piecewise" and late:
+        print(f"warning: the learning rate never drops at {', '.join(late)}, for the run ends after {args.epochs} epochs")
+
+
+def show_epoch(entry, split, epochs, is_best, seconds_left):
+    """One aligned line for a log entry, the best so far starred; with no entry, the header. split: "test" or "val"."""
+    def cell(value):
+        return f"{'-' if value is None else f'{value:.2f}':>6}"
+
+    if entry is None:
+        print(f"    epoch        lr    loss | train adv  clean | {split:>4} clean PGD-10   |     time     left")
+        return
+    print(f"{entry['epoch']:4}/{epochs:<4} {entry['lr']:9.2e} {entry['train_loss']:7.4f} | "
+          f"   {cell(entry['train_adv_acc'])} {cell(entry['train_clean_acc'])} | "
+          f"    {cell(entry.get(split + '_clean'))} {cell(entry.get(split + '_pgd10'))} {'*' if is_best else ' '} | "
+          f"{clock(entry['seconds']):>8} {clock(seconds_left):>8}", flush=True)
+
+
+def stop_diverged(step, epoch, steps, args):
+    """Ends the process, with status 1, because loss or weights are not finite (step and epoch counted from 0)."""
+    lr, _ = schedule(epoch + step / steps, args)
+    good = f"the last good checkpoint is {Path(args.out) / 'last.pt'}, of epoch {epoch}" if epoch else "there is no good checkpoint yet"
+    sys.exit(f"{Path(sys.argv[0]).name}: stopped: loss or weights not finite at step {step} of epoch {epoch + 1}, lr {lr:g}; {good}")
 
 
 class Meter:

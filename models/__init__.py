@@ -13,7 +13,14 @@ from functools import partial
 import torch
 from torch import nn
 
+from .densenet import DenseNet
+from .dpn import DPN
+from .googlenet import GoogLeNet
 from .preactresnet import PreActBlock, PreActBottleneck, PreActResNet
+from .regnet import RegNetX
+from .resnet import BasicBlock, Bottleneck, ResNet
+from .resnext import ResNeXt
+from .senet import SENet
 from .wideresnet import WideResNet
 
 # Hyper-parameters of Table 6: those that Xie et al. (2020) recommend on ImageNet.
@@ -34,6 +41,17 @@ MODELS = {
     "preactresnet-50": partial(PreActResNet, PreActBottleneck, (3, 4, 6, 3)),
     "wrn-34-10": partial(WideResNet, 34, 10),
     "wrn-34-20": partial(WideResNet, 34, 20),
+    "resnet-18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),  # post-activation: for comparison, and for others' checkpoints
+    "resnet-50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
+    "senet-18": partial(SENet, (2, 2, 2, 2)),
+    "densenet-121": partial(DenseNet, (6, 12, 24, 16), 32),
+    "densenet-201": partial(DenseNet, (6, 12, 48, 32), 32),
+    "googlenet": GoogLeNet,
+    "dpn-26": partial(DPN, (2, 2, 2, 2)),
+    "dpn-92": partial(DPN, (3, 4, 20, 3)),
+    "resnext-29": partial(ResNeXt, (3, 3, 3), 2, 64),
+    "regnetx-200mf": partial(RegNetX, (1, 1, 4, 7), (24, 56, 152, 368), 8),
+    "regnetx-400mf": partial(RegNetX, (1, 2, 7, 12), (32, 64, 160, 384), 16),
     # For CPUs and tests: 0.3 M parameters, and a stem of stride 2 that makes every layer four times cheaper.
     "tiny": partial(PreActResNet, PreActBlock, (1, 1, 1, 1), width=16, stem_stride=2),
 }
