@@ -4,7 +4,7 @@
 #   ./run_all.sh list [PATTERN]     the rows:  id | clean/PGD-10/AA of the paper | command     (e.g. list 't2-*')
 #   ./run_all.sh print ROW...       the commands that `run` would execute
 #   ./run_all.sh run ROW...         train and evaluate them, one after the other, in runs/ROW; again: goes on, or says it is done
-#   ./run_all.sh run all            all of them, but for the quickstart
+#   ./run_all.sh run all            all of them, but for the quickstarts and the authors' released checkpoints
 #   ./run_all.sh count              how many rows and distinct runs there are
 #   SLURM_ARRAY_TASK_ID=7 ./run_all.sh run        the seventh distinct run (sbatch --array=1-N, one row a GPU)
 #
@@ -16,23 +16,192 @@ cd "$(dirname "$0")"
 python=${PYTHON:-python}
 
 rows() {
-    cat <<'ROWS'
-quickstart   | -/-/-             | train_pgdat.py --model tiny --dataset data/cifar10_mini.npz --bn-mode eval --epochs 12 --batch-size 32 --lr 0.05 --lr-schedule onecycle ; eval_aa.py --n 100
-t2-base      | 82.52/53.58/48.51 | train_pgdat.py
-t2-es-40-70  | 86.52/52.65/46.6  | train_pgdat.py --early-stop-pgd 40 70
-t2-es-40-100 | 86.56/53.22/46.04 | train_pgdat.py --early-stop-pgd 40 100
-t2-es-60-100 | 85.67/52.90/45.96 | train_pgdat.py --early-stop-pgd 60 100
-t2-wulr-10   | 82.45/53.43/48.26 | train_pgdat.py --warmup-lr 10
-t2-wulr-15   | 82.64/53.29/48.12 | train_pgdat.py --warmup-lr 15
-t2-wulr-20   | 82.31/53.35/48.37 | train_pgdat.py --warmup-lr 20
-t2-wueps-10  | 82.64/53.65/48.44 | train_pgdat.py --warmup-eps 10
-t2-wueps-15  | 82.75/53.27/48.17 | train_pgdat.py --warmup-eps 15
-t2-wueps-20  | 82.78/53.62/48.48 | train_pgdat.py --warmup-eps 20
-t4-r18-ls0   | 82.52/53.58/48.51 | = t2-base
-t4-r18-ls0.1 | 82.69/54.04/48.76 | train_pgdat.py --ls 0.1
-t4-r18-ls0.2 | 82.73/54.22/49.20 | train_pgdat.py --ls 0.2
-t4-r18-ls0.3 | 82.51/54.34/49.24 | train_pgdat.py --ls 0.3
-t4-r18-ls0.4 | 82.39/54.13/48.83 | train_pgdat.py --ls 0.4
+    grep -v '^#' <<'ROWS'
+# Not in the paper: they show that everything works, on the embedded data.
+quickstart                          | -/-/-             | train_pgdat.py --model tiny --dataset data/cifar10_mini.npz --bn-mode eval --epochs 12 --batch-size 32 --lr 0.05 --lr-schedule onecycle ; eval_aa.py --n 100
+quickstart-trades                   | -/-/-             | train_trades.py --model tiny --dataset data/cifar10_mini.npz --epochs 12 --batch-size 32 --lr 0.05 --lr-schedule onecycle ; eval_aa.py --n 100
+# Table 2: early-stopped attack, warm-up of the learning rate, warm-up of eps; ResNet-18.
+t2-base                             | 82.52/53.58/48.51 | train_pgdat.py
+t2-es-40-70                         | 86.52/52.65/46.6  | train_pgdat.py --early-stop-pgd 40 70
+t2-es-40-100                        | 86.56/53.22/46.04 | train_pgdat.py --early-stop-pgd 40 100
+t2-es-60-100                        | 85.67/52.90/45.96 | train_pgdat.py --early-stop-pgd 60 100
+t2-wulr-10                          | 82.45/53.43/48.26 | train_pgdat.py --warmup-lr 10
+t2-wulr-15                          | 82.64/53.29/48.12 | train_pgdat.py --warmup-lr 15
+t2-wulr-20                          | 82.31/53.35/48.37 | train_pgdat.py --warmup-lr 20
+t2-wueps-10                         | 82.64/53.65/48.44 | train_pgdat.py --warmup-eps 10
+t2-wueps-15                         | 82.75/53.27/48.17 | train_pgdat.py --warmup-eps 15
+t2-wueps-20                         | 82.78/53.62/48.48 | train_pgdat.py --warmup-eps 20
+# Table 3: batch size, with the basic and the linearly scaled learning rate.
+t3-r18-b64                          | 80.08/51.31/-     | train_pgdat.py --batch-size 64
+t3-r18-b64-scaled                   | 82.44/52.48/-     | train_pgdat.py --batch-size 64 --lr 0.05
+t3-r18-b128                         | 82.52/53.58/-     | = t2-base
+t3-r18-b256                         | 83.33/52.20/-     | train_pgdat.py --batch-size 256
+t3-r18-b256-scaled                  | 82.24/52.52/-     | train_pgdat.py --batch-size 256 --lr 0.2
+t3-r18-b512                         | 83.40/50.69/-     | train_pgdat.py --batch-size 512
+t3-r18-b512-scaled                  | 82.16/53.36/-     | train_pgdat.py --batch-size 512 --lr 0.4
+t3-wrn10-b64                        | 84.20/54.69/-     | train_pgdat.py --model wrn-34-10 --batch-size 64
+t3-wrn10-b64-scaled                 | 85.40/54.86/-     | train_pgdat.py --model wrn-34-10 --batch-size 64 --lr 0.05
+t3-wrn10-b128                       | 86.07/56.60/-     | = t8-wrn10-wd5e-4-relu-bntrain
+t3-wrn10-b256                       | 86.21/52.90/-     | train_pgdat.py --model wrn-34-10 --batch-size 256
+t3-wrn10-b256-scaled                | 85.89/56.09/-     | train_pgdat.py --model wrn-34-10 --batch-size 256 --lr 0.2
+t3-wrn10-b512                       | 86.29/50.17/-     | train_pgdat.py --model wrn-34-10 --batch-size 512
+t3-wrn10-b512-scaled                | 86.47/55.49/-     | train_pgdat.py --model wrn-34-10 --batch-size 512 --lr 0.4
+# Table 4: label smoothing.
+t4-r18-ls0                          | 82.52/53.58/48.51 | = t2-base
+t4-r18-ls0.1                        | 82.69/54.04/48.76 | train_pgdat.py --ls 0.1
+t4-r18-ls0.2                        | 82.73/54.22/49.20 | train_pgdat.py --ls 0.2
+t4-r18-ls0.3                        | 82.51/54.34/49.24 | train_pgdat.py --ls 0.3
+t4-r18-ls0.4                        | 82.39/54.13/48.83 | train_pgdat.py --ls 0.4
+t4-wrn10-ls0                        | 86.07/56.60/52.19 | = t8-wrn10-wd5e-4-relu-bntrain
+t4-wrn10-ls0.1                      | 85.96/56.88/52.74 | train_pgdat.py --model wrn-34-10 --ls 0.1
+t4-wrn10-ls0.2                      | 86.09/57.31/53.00 | train_pgdat.py --model wrn-34-10 --ls 0.2
+t4-wrn10-ls0.3                      | 85.99/57.55/52.70 | train_pgdat.py --model wrn-34-10 --ls 0.3
+t4-wrn10-ls0.4                      | 86.19/57.63/52.71 | train_pgdat.py --model wrn-34-10 --ls 0.4
+# Table 5: optimisers; ResNet-18.
+t5-mom                              | 82.52/53.58/48.51 | = t2-base
+t5-nesterov                         | 82.83/53.78/48.22 | train_pgdat.py --optimizer nesterov
+t5-adam                             | 83.20/48.87/44.04 | train_pgdat.py --optimizer adam
+t5-adamw                            | 81.68/46.58/42.39 | train_pgdat.py --optimizer adamw
+t5-sgd-gc                           | 82.77/53.62/48.33 | train_pgdat.py --optimizer sgd-gc
+t5-sgd-gcc                          | 82.93/53.40/48.51 | train_pgdat.py --optimizer sgd-gcc
+# Table 6: activations; ResNet-18. Those with a double dagger in the paper use weight decay 5e-5.
+t6-relu                             | 82.52/53.58/-     | = t2-base
+t6-leakyrelu                        | 82.11/53.25/-     | train_pgdat.py --activation leakyrelu
+t6-elu                              | 82.17/52.08/-     | train_pgdat.py --activation elu --wd 5e-5
+t6-celu                             | 81.37/51.37/-     | train_pgdat.py --activation celu --wd 5e-5
+t6-selu                             | 78.88/49.53/-     | train_pgdat.py --activation selu --wd 5e-5
+t6-gelu                             | 80.42/52.21/-     | train_pgdat.py --activation gelu
+t6-softplus                         | 82.80/54.30/-     | train_pgdat.py --activation softplus
+t6-tanh                             | 80.13/49.12/-     | train_pgdat.py --activation tanh --wd 5e-5
+# Table 7: BN mode.
+t7-r18-bntrain                      | 82.52/53.58/48.51 | = t2-base
+t7-r18-bneval                       | 83.48/53.64/48.75 | train_pgdat.py --bn-mode eval
+t7-senet18-bntrain                  | 82.20/54.01/48.72 | train_pgdat.py --model senet-18
+t7-senet18-bneval                   | 84.11/53.90/48.95 | train_pgdat.py --model senet-18 --bn-mode eval
+t7-densenet121-bntrain              | 85.38/56.22/51.58 | train_pgdat.py --model densenet-121
+t7-densenet121-bneval               | 86.33/56.11/51.24 | train_pgdat.py --model densenet-121 --bn-mode eval
+t7-googlenet-bntrain                | 83.97/53.76/48.73 | train_pgdat.py --model googlenet
+t7-googlenet-bneval                 | 85.26/53.77/48.83 | train_pgdat.py --model googlenet --bn-mode eval
+t7-dpn26-bntrain                    | 83.67/53.88/48.50 | train_pgdat.py --model dpn-26
+t7-dpn26-bneval                     | 84.56/53.41/48.30 | train_pgdat.py --model dpn-26 --bn-mode eval
+t7-wrn10-bntrain                    | 86.07/56.60/52.19 | = t8-wrn10-wd5e-4-relu-bntrain
+t7-wrn10-bneval                     | 87.38/56.04/51.93 | = t8-wrn10-wd5e-4-relu-bneval
+# Table 8: combinations of tricks, PGD-AT.
+t8-wrn10-wd1e-4-relu-bntrain        | 85.87/49.45/46.43 | train_pgdat.py --model wrn-34-10 --wd 1e-4 --bn-mode train
+t8-wrn10-wd2e-4-relu-bntrain        | 86.14/52.08/48.72 | train_pgdat.py --model wrn-34-10 --wd 2e-4 --bn-mode train
+t8-wrn10-wd5e-4-relu-bntrain        | 86.07/56.60/52.19 | train_pgdat.py --model wrn-34-10 --wd 5e-4 --bn-mode train
+t8-wrn10-wd5e-4-relu-bneval         | 87.38/56.04/51.93 | train_pgdat.py --model wrn-34-10 --wd 5e-4 --bn-mode eval
+t8-wrn10-wd5e-4-softplus-bntrain    | 86.60/56.44/52.70 | train_pgdat.py --model wrn-34-10 --wd 5e-4 --activation softplus --bn-mode train
+t8-wrn10-wd5e-4-softplus-bntrain-ls0.1 | 86.42/57.22/53.01 | train_pgdat.py --model wrn-34-10 --wd 5e-4 --activation softplus --bn-mode train --ls 0.1
+t8-wrn10-wd5e-4-softplus-bneval-ls0.1 | 86.34/56.38/52.21 | train_pgdat.py --model wrn-34-10 --wd 5e-4 --activation softplus --bn-mode eval --ls 0.1
+t8-wrn10-wd5e-4-softplus-bntrain-ls0.2 | 86.10/56.55/52.91 | train_pgdat.py --model wrn-34-10 --wd 5e-4 --activation softplus --bn-mode train --ls 0.2
+t8-wrn10-wd5e-4-softplus-bneval-ls0.2 | 86.98/56.21/52.10 | train_pgdat.py --model wrn-34-10 --wd 5e-4 --activation softplus --bn-mode eval --ls 0.2
+t8-wrn20-wd1e-4-relu-bntrain        | 86.21/49.74/47.58 | train_pgdat.py --model wrn-34-20 --wd 1e-4 --bn-mode train
+t8-wrn20-wd2e-4-relu-bntrain        | 86.73/51.39/49.03 | train_pgdat.py --model wrn-34-20 --wd 2e-4 --bn-mode train
+t8-wrn20-wd5e-4-relu-bntrain        | 86.97/57.57/53.26 | train_pgdat.py --model wrn-34-20 --wd 5e-4 --bn-mode train
+t8-wrn20-wd5e-4-relu-bneval         | 87.62/57.04/53.14 | train_pgdat.py --model wrn-34-20 --wd 5e-4 --bn-mode eval
+t8-wrn20-wd5e-4-softplus-bntrain    | 85.80/57.84/53.64 | train_pgdat.py --model wrn-34-20 --wd 5e-4 --activation softplus --bn-mode train
+t8-wrn20-wd5e-4-softplus-bntrain-ls0.1 | 85.69/57.86/53.66 | train_pgdat.py --model wrn-34-20 --wd 5e-4 --activation softplus --bn-mode train --ls 0.1
+t8-wrn20-wd5e-4-softplus-bneval-ls0.1 | 87.86/57.33/53.23 | train_pgdat.py --model wrn-34-20 --wd 5e-4 --activation softplus --bn-mode eval --ls 0.1
+t8-wrn20-wd5e-4-softplus-bntrain-ls0.2 | 84.82/57.93/53.39 | train_pgdat.py --model wrn-34-20 --wd 5e-4 --activation softplus --bn-mode train --ls 0.2
+t8-wrn20-wd5e-4-softplus-bneval-ls0.2 | 87.58/57.19/53.26 | train_pgdat.py --model wrn-34-20 --wd 5e-4 --activation softplus --bn-mode eval --ls 0.2
+# Table 9: TRADES. At eps 8/255, beta 6 and the step of 2/255 are assumptions.
+t9-eps0.031-wrn10-wd2e-4-relu-bntrain | 83.86/54.96/51.52 | train_trades.py --model wrn-34-10 --wd 2e-4 --bn-mode train --eps 0.031 --alpha 0.007
+t9-eps0.031-wrn10-wd2e-4-relu-bneval | 85.17/55.10/51.85 | train_trades.py --model wrn-34-10 --wd 2e-4 --bn-mode eval --eps 0.031 --alpha 0.007
+t9-eps0.031-wrn10-wd5e-4-relu-bntrain | 84.17/57.34/53.51 | train_trades.py --model wrn-34-10 --wd 5e-4 --bn-mode train --eps 0.031 --alpha 0.007
+t9-eps0.031-wrn10-wd5e-4-relu-bneval | 85.34/58.54/54.64 | train_trades.py --model wrn-34-10 --wd 5e-4 --bn-mode eval --eps 0.031 --alpha 0.007
+t9-eps0.031-wrn10-wd5e-4-softplus-bneval | 84.66/58.05/54.20 | train_trades.py --model wrn-34-10 --wd 5e-4 --activation softplus --bn-mode eval --eps 0.031 --alpha 0.007
+t9-eps0.031-wrn20-wd5e-4-relu-bneval | 86.93/57.93/54.42 | train_trades.py --model wrn-34-20 --wd 5e-4 --bn-mode eval --eps 0.031 --alpha 0.007
+t9-eps0.031-wrn20-wd5e-4-softplus-bneval | 85.43/57.94/54.32 | train_trades.py --model wrn-34-20 --wd 5e-4 --activation softplus --bn-mode eval --eps 0.031 --alpha 0.007
+t9-eps8-wrn10-wd2e-4-relu-bntrain   | 84.50/54.60/50.94 | train_trades.py --model wrn-34-10 --wd 2e-4 --bn-mode train --eps 8/255 --alpha 2/255
+t9-eps8-wrn10-wd2e-4-relu-bneval    | 85.17/54.58/51.54 | train_trades.py --model wrn-34-10 --wd 2e-4 --bn-mode eval --eps 8/255 --alpha 2/255
+t9-eps8-wrn10-wd5e-4-relu-bntrain   | 84.04/57.41/53.83 | train_trades.py --model wrn-34-10 --wd 5e-4 --bn-mode train --eps 8/255 --alpha 2/255
+t9-eps8-wrn10-wd5e-4-relu-bneval    | 85.48/57.45/53.80 | train_trades.py --model wrn-34-10 --wd 5e-4 --bn-mode eval --eps 8/255 --alpha 2/255
+t9-eps8-wrn10-wd5e-4-softplus-bneval | 84.24/57.59/53.88 | train_trades.py --model wrn-34-10 --wd 5e-4 --activation softplus --bn-mode eval --eps 8/255 --alpha 2/255
+t9-eps8-wrn20-wd2e-4-relu-bntrain   | 84.50/53.86/51.18 | train_trades.py --model wrn-34-20 --wd 2e-4 --bn-mode train --eps 8/255 --alpha 2/255
+t9-eps8-wrn20-wd2e-4-relu-bneval    | 85.48/53.21/50.59 | train_trades.py --model wrn-34-20 --wd 2e-4 --bn-mode eval --eps 8/255 --alpha 2/255
+t9-eps8-wrn20-wd5e-4-relu-bntrain   | 85.87/57.40/54.22 | train_trades.py --model wrn-34-20 --wd 5e-4 --bn-mode train --eps 8/255 --alpha 2/255
+t9-eps8-wrn20-wd5e-4-relu-bneval    | 86.43/57.91/54.39 | train_trades.py --model wrn-34-20 --wd 5e-4 --bn-mode eval --eps 8/255 --alpha 2/255
+t9-eps8-wrn20-wd5e-4-softplus-bneval | 85.51/57.50/54.21 | train_trades.py --model wrn-34-20 --wd 5e-4 --activation softplus --bn-mode eval --eps 8/255 --alpha 2/255
+# Table 12: TRADES, ResNet-18.
+t12-r18-wd5e-4-relu-bntrain         | 80.23/53.60/48.96 | train_trades.py --wd 5e-4 --bn-mode train
+t12-r18-wd5e-4-softplus-bntrain     | 81.26/54.58/50.35 | train_trades.py --wd 5e-4 --activation softplus --bn-mode train
+t12-r18-wd5e-4-relu-bneval          | 81.45/53.51/49.06 | train_trades.py --wd 5e-4 --bn-mode eval
+t12-r18-wd5e-4-softplus-bneval      | 82.37/54.37/50.51 | train_trades.py --wd 5e-4 --activation softplus --bn-mode eval
+# Table 13: the models of Table 9 that the paper enters in AutoAttack's benchmark; and the authors' released checkpoints of them.
+t13-eps8-wrn20                      | 86.43/-/54.39     | = t9-eps8-wrn20-wd5e-4-relu-bneval
+t13-eps8-wrn10                      | 85.48/-/53.80     | = t9-eps8-wrn10-wd5e-4-relu-bneval
+t13-eps0.031-wrn10                  | 85.34/-/54.64     | = t9-eps0.031-wrn10-wd5e-4-relu-bneval
+t13-eps8-wrn20-released             | 86.43/-/54.39     | eval_aa.py checkpoints/wide20_trades_eps8_tricks.pt --model wrn-34-20 --no-normalize --eps 8/255
+t13-eps8-wrn10-released             | 85.48/-/53.80     | eval_aa.py checkpoints/wide10_trades_eps8_tricks.pt --model wrn-34-10 --no-normalize --eps 8/255
+t13-eps0.031-wrn10-released         | 85.34/-/54.64     | eval_aa.py checkpoints/wide10_trades_tricks.pt --model wrn-34-10 --no-normalize --eps 0.031
+# Figure 1a: weight decay. The paper names 1e-4, 2e-4 and 5e-4; the other values, and that the two architectures are these, are assumptions.
+f1a-r18-wd5e-5                      | -/-/-             | train_pgdat.py --wd 5e-5
+f1a-r18-wd1e-4                      | -/-/-             | train_pgdat.py --wd 1e-4
+f1a-r18-wd2e-4                      | -/-/-             | train_pgdat.py --wd 2e-4
+f1a-r18-wd3e-4                      | -/-/-             | train_pgdat.py --wd 3e-4
+f1a-r18-wd5e-4                      | 82.52/53.58/48.51 | = t2-base
+f1a-r18-wd7e-4                      | -/-/-             | train_pgdat.py --wd 7e-4
+f1a-r18-wd1e-3                      | -/-/-             | train_pgdat.py --wd 1e-3
+f1a-wrn10-wd5e-5                    | -/-/-             | train_pgdat.py --model wrn-34-10 --wd 5e-5
+f1a-wrn10-wd1e-4                    | 85.87/49.45/46.43 | = t8-wrn10-wd1e-4-relu-bntrain
+f1a-wrn10-wd2e-4                    | 86.14/52.08/48.72 | = t8-wrn10-wd2e-4-relu-bntrain
+f1a-wrn10-wd3e-4                    | -/-/-             | train_pgdat.py --model wrn-34-10 --wd 3e-4
+f1a-wrn10-wd5e-4                    | 86.07/56.60/52.19 | = t8-wrn10-wd5e-4-relu-bntrain
+f1a-wrn10-wd7e-4                    | -/-/-             | train_pgdat.py --model wrn-34-10 --wd 7e-4
+f1a-wrn10-wd1e-3                    | -/-/-             | train_pgdat.py --model wrn-34-10 --wd 1e-3
+# Figure 1b: the learning curves of three of them.
+f1b-wd1e-4                          | 85.87/49.45/46.43 | = t8-wrn10-wd1e-4-relu-bntrain
+f1b-wd2e-4                          | 86.14/52.08/48.72 | = t8-wrn10-wd2e-4-relu-bntrain
+f1b-wd5e-4                          | 86.07/56.60/52.19 | = t8-wrn10-wd5e-4-relu-bntrain
+# Figure 2: architectures.
+f2-preactresnet-18                  | 82.52/53.58/48.51 | = t2-base
+f2-preactresnet-50                  | -/-/-             | train_pgdat.py --model preactresnet-50
+f2-senet-18                         | 82.20/54.01/48.72 | = t7-senet18-bntrain
+f2-densenet-121                     | 85.38/56.22/51.58 | = t7-densenet121-bntrain
+f2-densenet-201                     | -/-/-             | train_pgdat.py --model densenet-201
+f2-googlenet                        | 83.97/53.76/48.73 | = t7-googlenet-bntrain
+f2-dpn-26                           | 83.67/53.88/48.50 | = t7-dpn26-bntrain
+f2-dpn-92                           | -/-/-             | train_pgdat.py --model dpn-92
+f2-resnext-29                       | -/-/-             | train_pgdat.py --model resnext-29
+f2-regnetx-200mf                    | -/-/-             | train_pgdat.py --model regnetx-200mf
+f2-regnetx-400mf                    | -/-/-             | train_pgdat.py --model regnetx-400mf
+f2-wrn-34-10                        | 86.07/56.60/52.19 | = t8-wrn10-wd5e-4-relu-bntrain
+# Figure 3: early decay of the learning rate. 110 epochs are an assumption.
+f3-wd1e-4                           | -/-/-             | train_pgdat.py --model wrn-34-10 --wd 1e-4 --lr-decay-epochs 40 45
+f3-wd2e-4                           | -/-/-             | train_pgdat.py --model wrn-34-10 --wd 2e-4 --lr-decay-epochs 40 45
+f3-wd5e-4                           | 86.07/56.60/52.19 | = t8-wrn10-wd5e-4-relu-bntrain
+# Figure 4: standard training. The schedule, the default one, is an assumption.
+f4-wd1e-4                           | -/-/-             | train_pgdat.py --model wrn-34-10 --attack none --wd 1e-4 ; eval_aa.py --attacks none
+f4-wd2e-4                           | -/-/-             | train_pgdat.py --model wrn-34-10 --attack none --wd 2e-4 ; eval_aa.py --attacks none
+f4-wd5e-4                           | -/-/-             | train_pgdat.py --model wrn-34-10 --attack none --wd 5e-4 ; eval_aa.py --attacks none
+# Table 1: PGD-AT, ResNet-18, under the settings of 21 methods (not their losses). Assumptions: decay factor 0.1, SGD with momentum
+# (Nesterov for Carmon et al., as Section 3.2 says), warm-ups of 15 epochs where the paper gives no length, 40 / 70 as in Table 2 where the
+# attack stops early. A method that does not stop early (train) is judged by its last checkpoint.
+s1-madry2018                        | -/-/-             | train_pgdat.py --epochs 200 --lr-decay-epochs 100 150 --wd 2e-4 ; eval_aa.py --which last
+s1-cai2018                          | -/-/-             | train_pgdat.py --epochs 300 --lr-decay-epochs 150 250 --batch-size 200 --wd 5e-4 --warmup-eps 15 ; eval_aa.py --which last
+s1-zhang2019b                       | -/-/-             | train_pgdat.py --epochs 76 --lr-decay-epochs 75 --wd 2e-4
+s1-wang2019                         | -/-/-             | train_pgdat.py --lr 0.01 --epochs 120 --lr-decay-epochs 60 100 --wd 1e-4 --early-stop-pgd 40 70 ; eval_aa.py --which last
+s1-qin2019                          | -/-/-             | train_pgdat.py --epochs 110 --lr-decay-epochs 100 105 --batch-size 256 --wd 2e-4 --warmup-eps 15 ; eval_aa.py --which last
+s1-mao2019                          | -/-/-             | train_pgdat.py --epochs 80 --lr-decay-epochs 50 60 --batch-size 50 --wd 2e-4 ; eval_aa.py --which last
+s1-carmon2019                       | -/-/-             | train_pgdat.py --epochs 100 --lr-schedule cosine --batch-size 256 --wd 5e-4 --optimizer nesterov ; eval_aa.py --which last
+s1-alayrac2019                      | -/-/-             | train_pgdat.py --lr 0.2 --epochs 64 --lr-decay-epochs 38 46 51 --wd 5e-4 ; eval_aa.py --which last
+s1-shafahi2019b                     | -/-/-             | = s1-madry2018
+s1-zhang2019a                       | -/-/-             | train_pgdat.py --lr 0.05 --epochs 105 --lr-decay-epochs 79 90 100 --batch-size 256 --wd 5e-4 ; eval_aa.py --which last
+s1-zhang-wang2019                   | -/-/-             | train_pgdat.py --epochs 200 --lr-decay-epochs 60 90 --batch-size 60 --wd 2e-4 ; eval_aa.py --which last
+s1-atzmon2019                       | -/-/-             | train_pgdat.py --lr 0.01 --epochs 100 --lr-decay-epochs 50 --batch-size 32 --wd 1e-4 ; eval_aa.py --which last
+s1-wong2020                         | -/-/-             | train_pgdat.py --lr 0.2 --epochs 30 --lr-schedule onecycle --wd 5e-4 ; eval_aa.py --which last
+s1-rice2020                         | -/-/-             | train_pgdat.py --epochs 200 --lr-decay-epochs 100 150 --wd 5e-4
+s1-ding2020                         | -/-/-             | train_pgdat.py --lr 0.3 --epochs 128 --lr-decay-epochs 51 77 102 --wd 2e-4 ; eval_aa.py --which last
+s1-pang2020a                        | -/-/-             | train_pgdat.py --lr 0.01 --epochs 200 --lr-decay-epochs 100 150 --batch-size 50 --wd 1e-4 ; eval_aa.py --which last
+s1-zhang2020                        | -/-/-             | train_pgdat.py --epochs 120 --lr-decay-epochs 60 90 110 --wd 2e-4 --early-stop-pgd 40 70 ; eval_aa.py --which last
+s1-huang2020                        | -/-/-             | train_pgdat.py --epochs 200 --lr-schedule cosine --batch-size 256 --wd 5e-4 --warmup-lr 15 ; eval_aa.py --which last
+s1-cheng2020                        | -/-/-             | train_pgdat.py --epochs 200 --lr-decay-epochs 80 140 180 --wd 5e-4 ; eval_aa.py --which last
+s1-lee2020                          | -/-/-             | = s1-madry2018
+s1-xu2020                           | -/-/-             | train_pgdat.py --epochs 120 --lr-decay-epochs 60 90 --batch-size 256 --wd 1e-4 ; eval_aa.py --which last
+# Ours: what do the clean passes that only log change? Beside each BN-mode row of ResNet-18, none of them.
+x-r18-bntrain-clean0                | -/-/-             | train_pgdat.py --bn-clean-passes 0
+x-r18-bneval-clean0                 | -/-/-             | train_pgdat.py --bn-mode eval --bn-clean-passes 0
 ROWS
 }
 
@@ -46,14 +215,14 @@ field() {
     rows | awk -F'|' -v id="$1" -v n="$2" '{ i = $1; gsub(/ /, "", i) } i == id { gsub(/^ +| +$/, "", $n); print $n; found = 1 } END { exit !found }'
 }
 
-# distinct: the ids whose run is no other row's, the quickstart aside.
+# distinct: the ids whose run is no other row's, but for the quickstarts and the released checkpoints.
 distinct() {
-    rows | awk -F'|' '$3 !~ /^ *=/ && $1 !~ /^quickstart/ { gsub(/ /, "", $1); print $1 }'
+    rows | awk -F'|' '$3 !~ /^ *=/ && $1 !~ /^quickstart|-released *$/ { gsub(/ /, "", $1); print $1 }'
 }
 
 # commands ROW[@SEED]: the command lines of a row, one a line.
 commands() {
-    local id=${1%@*} seed="" command train evaluate
+    local id=${1%@*} seed="" command
     case $1 in *@*) seed=${1##*@} ;; esac
     case $seed in *[!0-9]*) die "the seed of $1 is not a number" ;; esac
     if ! command=$(field "$id" 3); then
@@ -62,13 +231,17 @@ commands() {
         die "no row $id${near:+; there is$near}"
     fi
     case $command in "= "*) id=${command#= }; command=$(field "$id" 3) ;; esac
-    train=${command%%;*} evaluate=""
-    case $command in *";"*) evaluate=${command##*;} evaluate=${evaluate##* eval_aa.py} ;; esac
-    local out=runs/$id${seed:+@$seed}
+    local out=runs/$id${seed:+@$seed} train evaluate
+    case $command in
+        eval_aa.py*) echo $python $command ${seed:+--seed $seed} --out "$out/result.json"; return ;;
+        *";"*) train=${command%%;*} evaluate=${command##*; eval_aa.py} ;;
+        *) train=$command evaluate="" ;;
+    esac
     echo $python $train ${seed:+--seed $seed} --out "$out" --resume
     echo $python eval_aa.py "$out" $evaluate
 }
 
+# run ROW[@SEED]: executes its commands; a failure ends the script.
 run() {
     local lines line
     lines=$(commands "$1")
@@ -76,6 +249,16 @@ run() {
         echo "+ $line"
         $line </dev/null
     done <<<"$lines"
+}
+
+# count: the rows of each table and figure (t2, f1a ...), and of all.
+count() {
+    rows | awk -F'|' '
+        { gsub(/ /, "", $1); part = $1 ~ /-released$/ ? "released" : $1; sub(/-.*/, "", part) }
+        !(part in n) { order[++parts] = part }
+        { n[part]++ }
+        END { for (i = 1; i <= parts; i++) print order[i], n[order[i]]; print "rows", NR }'
+    echo "distinct runs $(distinct | wc -l | tr -d ' ')"
 }
 
 action=${1:-help}
@@ -87,7 +270,7 @@ case $action in
             case ${id// /} in ${1:-*}) echo "$row" ;; esac
         done ;;
     count)
-        echo "$(rows | grep -vc '^quickstart') rows, $(distinct | wc -l | tr -d ' ') distinct runs" ;;
+        count ;;
     print | run)
         if [ $# -eq 0 ] && [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
             set -- "$(distinct | sed -n "${SLURM_ARRAY_TASK_ID}p")"

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import models
+import models.__main__ as table
 import utils
 
 # First, last and some inner keys, typed from the naming of kuangliu/pytorch-cifar and yaodongyu/TRADES.
@@ -29,8 +30,63 @@ KEYS = {
         "conv1.weight": (16, 3, 3, 3), "block1.layer.0.convShortcut.weight": (320, 16, 1, 1),
         "block3.layer.4.conv2.weight": (1280, 1280, 3, 3), "bn1.weight": (1280,), "fc.weight": (10, 1280), "fc.bias": (10,),
     },
+    "resnet-18": {
+        "conv1.weight": (64, 3, 3, 3), "bn1.weight": (64,), "layer1.1.conv2.weight": (64, 64, 3, 3),
+        "layer2.0.shortcut.0.weight": (128, 64, 1, 1), "layer3.0.shortcut.1.running_var": (256,),
+        "layer4.1.bn2.weight": (512,), "linear.weight": (10, 512), "linear.bias": (10,),
+    },
+    "resnet-50": {
+        "conv1.weight": (64, 3, 3, 3), "layer1.0.shortcut.0.weight": (256, 64, 1, 1), "layer2.0.conv2.weight": (128, 128, 3, 3),
+        "layer3.5.conv3.weight": (1024, 256, 1, 1), "layer4.0.bn3.running_mean": (2048,), "linear.bias": (10,),
+    },
+    "senet-18": {
+        "conv1.weight": (64, 3, 3, 3), "layer1.0.fc1.weight": (4, 64, 1, 1), "layer2.0.shortcut.0.weight": (128, 64, 1, 1),
+        "layer3.0.bn1.running_mean": (128,), "layer4.1.fc2.bias": (512,), "linear.bias": (10,),
+    },
+    "densenet-121": {
+        "conv1.weight": (64, 3, 3, 3), "dense1.5.conv1.weight": (128, 224, 1, 1), "trans2.conv.weight": (256, 512, 1, 1),
+        "dense3.23.conv2.weight": (32, 128, 3, 3), "bn.running_var": (1024,), "linear.bias": (10,),
+    },
+    "densenet-201": {
+        "conv1.weight": (64, 3, 3, 3), "dense3.47.conv1.weight": (128, 1760, 1, 1), "trans3.bn.weight": (1792,),
+        "dense4.31.conv1.weight": (128, 1888, 1, 1), "bn.running_var": (1920,), "linear.bias": (10,),
+    },
+    "googlenet": {
+        "pre_layers.0.weight": (192, 3, 3, 3), "a3.b2.3.weight": (128, 96, 3, 3), "b4.b3.6.bias": (64,),
+        "e4.b4.2.running_var": (128,), "b5.b3.3.weight": (128, 48, 3, 3), "linear.bias": (10,),
+    },
+    "dpn-26": {
+        "conv1.weight": (64, 3, 3, 3), "layer1.0.conv2.weight": (96, 3, 3, 3), "layer2.0.shortcut.1.bias": (544,),
+        "layer3.1.conv1.weight": (384, 1072, 1, 1), "layer4.1.conv3.weight": (2176, 768, 1, 1), "linear.bias": (10,),
+    },
+    "dpn-92": {
+        "conv1.weight": (64, 3, 3, 3), "layer1.2.conv1.weight": (96, 304, 1, 1), "layer3.19.conv1.weight": (384, 1504, 1, 1),
+        "layer4.0.shortcut.0.weight": (2176, 1528, 1, 1), "layer4.2.bn3.running_var": (2176,), "linear.bias": (10,),
+    },
+    "resnext-29": {
+        "conv1.weight": (64, 3, 1, 1), "layer1.0.shortcut.0.weight": (256, 64, 1, 1), "layer2.1.conv2.weight": (256, 128, 3, 3),
+        "layer3.0.conv3.weight": (1024, 512, 1, 1), "layer3.2.bn2.running_mean": (512,), "linear.bias": (10,),
+    },
+    "regnetx-200mf": {
+        "conv1.weight": (64, 3, 3, 3), "layer1.0.conv2.weight": (24, 8, 3, 3), "layer2.0.shortcut.0.weight": (56, 24, 1, 1),
+        "layer3.3.bn3.bias": (152,), "layer4.6.conv2.weight": (368, 8, 3, 3), "linear.bias": (10,),
+    },
+    "regnetx-400mf": {
+        "conv1.weight": (64, 3, 3, 3), "layer1.0.shortcut.1.weight": (32,), "layer2.1.conv2.weight": (64, 16, 3, 3),
+        "layer3.6.conv1.weight": (160, 160, 1, 1), "layer4.11.bn3.running_var": (384,), "linear.bias": (10,),
+    },
 }
-TABLE_11_MB = {"preactresnet-18": 44.70, "preactresnet-50": 94.28}
+# Keys of a whole state dict: a layer too many or too few shows.
+NUMBER_OF_KEYS = {
+    "resnet-18": 122, "resnet-50": 320, "senet-18": 139, "densenet-121": 722, "densenet-201": 1202, "googlenet": 450,
+    "dpn-26": 176, "dpn-92": 572, "resnext-29": 188, "regnetx-200mf": 266, "regnetx-400mf": 428,
+}
+# Table 11 of the paper, as printed there.
+TABLE_11 = {
+    "densenet-121": 28.29, "dpn-26": 46.47, "googlenet": 24.81, "densenet-201": 73.55, "dpn-92": 137.50, "resnext-29": 36.65,
+    "regnetx-200mf": 9.42, "preactresnet-18": 44.70, "senet-18": 45.09, "regnetx-400mf": 19.34, "preactresnet-50": 94.28,
+    "wrn-34-10": 193.20,
+}
 
 
 def on_meta(name, **kwargs):
@@ -45,19 +101,24 @@ def test_state_dict_names_and_shapes(name):
     assert {k: tuple(state[k].shape) for k in want} == want
     assert list(state)[0] == list(want)[0] and list(state)[-1] == list(want)[-1]
     assert not [k for k in state if "normal" in k or "act" in k]
+    assert len(state) == NUMBER_OF_KEYS.get(name, len(state))
 
 
-@pytest.mark.parametrize("name", TABLE_11_MB)
+@pytest.mark.parametrize("name", TABLE_11)
 def test_checkpoint_size_is_table_11s(name):
-    size = sum(v.numel() * v.element_size() for v in on_meta(name).state_dict().values()) / 1e6
-    assert size == pytest.approx(TABLE_11_MB[name], rel=0.005)
+    """Of the file that torch.save writes; wrn-34-10 with the sub_block1 that the field's checkpoints carry."""
+    assert table.checkpoint_mb(name) == pytest.approx(TABLE_11[name], rel=0.005)
 
 
-def test_wrn_34_10_is_table_11s_with_the_block_that_no_forward_uses():
-    model = on_meta("wrn-34-10")
-    extra = sum(v.numel() * v.element_size() for k, v in model.state_dict().items() if k.startswith("block1."))
-    size = sum(v.numel() * v.element_size() for v in model.state_dict().values())
-    assert (size + extra) / 1e6 == pytest.approx(193.20, rel=0.005)
+def test_table_of_sizes(capsys):
+    assert table.TABLE_11 == TABLE_11
+    stem, first, linear = 3 * 16 * 9 * 16**2, 2 * 16 * 16 * 9 * 16**2, 128 * 10
+    later = 16 * 32 * 9 * 8**2 + 32 * 32 * 9 * 8**2 + 16 * 32 * 8**2  # half the size, twice the width: the same thrice
+    assert table.multiply_adds("tiny") == stem + first + 3 * later + linear
+    table.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(models.MODELS)
+    assert lines[1].split() == ["preactresnet-18", "11.17", "44.75", "44.70", "+0.12", "%", "0.555"]
 
 
 def test_tiny_is_tiny_and_four_times_cheaper_than_without_its_stride():
@@ -65,17 +126,17 @@ def test_tiny_is_tiny_and_four_times_cheaper_than_without_its_stride():
     assert models.build("tiny").conv1(torch.rand(1, 3, 32, 32)).shape == (1, 16, 16, 16)
 
 
-@pytest.mark.parametrize("name", ["tiny", "preactresnet-18", "preactresnet-50", "wrn-34-10"])
+@pytest.mark.parametrize("name", [n for n in models.MODELS if n != "wrn-34-20"])  # wrn-34-10, but four times as large
 def test_output_gradients_and_independence_of_the_batch(name):
     torch.manual_seed(0)
     model = models.build(name, num_classes=7, normalize=models.CIFAR_NORMALIZE)
     x = torch.rand(2, 3, 32, 32)
-    model(x).square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     model.eval()
+    out = model(x)
+    assert out.shape == (2, 7)
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     with torch.no_grad():
-        out = model(x)
-        assert out.shape == (2, 7)
         torch.testing.assert_close(out, torch.cat([model(x[:1]), model(x[1:])]), rtol=1e-4, atol=1e-4)
 
 
