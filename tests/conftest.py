@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # a second thread gains nothing on such small tensors, and waits on a busy machine
+
 import numpy as np
 import pytest
 import torch
