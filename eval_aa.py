@@ -8,8 +8,8 @@
 
 Accuracies are per cent of the images. `pgd10` counts an image as robust if the last iterate is classified right (as the
 paper's checkpoints were selected), `pgd10_any` if every iterate is. AutoAttack is the `standard` version (Croce & Hein,
-2020); the figure of each of its attacks is what is left after it and those before it. An interrupted evaluation goes on
-where it was, to the batch, when the same command is given again.
+2020); the figure of each of its attacks is what is left after it and those before it. An AutoAttack evaluation that was
+interrupted goes on where it was, to the batch, when the same command is given again.
 """
 
 import argparse
@@ -92,32 +92,38 @@ def locate(args):
         checkpoint, result = args.target, args.target.with_name(f"{args.target.stem}_result.json")
         if args.which != "best":
             raise InputError("--which chooses in a run's folder, but the target is a file")
-    return checkpoint, args.out or result
+    result = args.out or result
+    if result.suffix != ".json":
+        raise InputError(f"--out {result} does not end in .json")
+    return checkpoint, result
 
 
-def rebuild(args, path, checkpoint, data_classes):
-    """(model, what it is) from a checkpoint of ours, which names its architecture, or from --model and the rest."""
-    ours = checkpoint.get("args")
-    if isinstance(ours, dict) and "num_classes" in checkpoint:
+OURS = {"args": dict, "num_classes": int, "epoch": int, "normalize": (list, tuple, type(None))}  # what save_epoch writes
+
+
+def rebuild(args, path, checkpoint, trained):
+    """(model, what it is) from a checkpoint of ours, which names its architecture, or from --model and the rest.
+
+    trained: the arguments it was trained with, or {} for one from elsewhere.
+    """
+    if trained:
         given = [f for f in ("model", "activation", "no_normalize", "mean") if getattr(args, f)]
         if given:
             raise InputError(f"--{given[0].replace('_', '-')} has no effect: {path} names its own architecture and normalisation")
-        spec = {"model": ours["model"], "activation": ours["activation"], "normalize": checkpoint["normalize"]}
+        spec = {"model": trained["model"], "activation": trained["activation"], "normalize": checkpoint["normalize"]}
         num_classes = checkpoint["num_classes"]
-        if data_classes > num_classes:
-            raise InputError(f"{path} knows {num_classes} classes, the data set has {data_classes}")
     else:
         if args.model is None:
-            raise InputError(f"{path} does not name its architecture: give --model (and --no-normalize if it takes images in [0, 1])")
+            raise InputError(f"{path} does not name its architecture: give --model (and --no-normalize if it takes plain images)")
         normalize = None if args.no_normalize else (args.mean, args.std) if args.mean else models.CIFAR_NORMALIZE
         spec = {"model": args.model, "activation": args.activation or "relu", "normalize": normalize}
-        num_classes = data_classes
+        num_classes = min(list(checkpoint["state_dict"].values())[-1].numel(), 10_000)  # the last layer's bias
     try:
         model = models.build(spec["model"], num_classes, spec["activation"], spec["normalize"])
     except ValueError as e:  # a checkpoint that names something we do not have
         raise InputError(f"{path}: {e}") from None
     load_weights(model, checkpoint["state_dict"], path)
-    return model, spec
+    return model, {**spec, "num_classes": num_classes}
 
 
 def digest(state):
@@ -129,15 +135,33 @@ def digest(state):
     return h.hexdigest()
 
 
-def open_result(path, identity):
+def open_result(path, identity, overwrite):
     """What the result file holds already, or a fresh result of this identity. Raises InputError if it is another's."""
+    fresh = {"clean": None, "pgd10": None, "pgd10_any": None, "aa": None, "attacks": {}, "quick": {}, "stages": {}, **identity}
     if not path.exists():
-        return {"clean": None, "pgd10": None, "pgd10_any": None, "aa": None, "attacks": {}, "quick": {}, "seconds": {}, **identity}
-    result = read_json(path)
+        return fresh
+    result = read_json(path, {"attacks": dict, "quick": dict, "stages": dict, "weights_sha256": str})
     differ = [f"{k} was {result.get(k)}, is {v}" for k, v in identity.items() if result.get(k) != v]
+    if overwrite:
+        return fresh
     if differ:
         raise InputError(f"{path} holds results of something else ({'; '.join(differ)}): choose another --out, or --overwrite")
     return result
+
+
+def open_state(path, identity, overwrite):
+    """The state that an interrupted AutoAttack evaluation left in the file, or None.
+
+    Raises InputError if it is of another evaluation. (AutoAttack has a state file of its own, which version 0.2.0 cannot
+    read back: it writes the set of its attacks as a string, and then finds it different from the set.)
+    """
+    if not path.exists() or overwrite:
+        return None
+    state = read_json(path, {"identity": dict, "robust": list, "left": dict, "seconds": dict})
+    differ = [k for k, v in identity.items() if state["identity"].get(k) != v]
+    if differ:
+        raise InputError(f"{path} is of an interrupted evaluation with another {', '.join(differ)}: finish that, or --overwrite")
+    return state
 
 
 def run_pgd(model, images, labels, args, name, **attack):
@@ -203,23 +227,6 @@ class OncePerMessage(logging.Filter):
         return new
 
 
-def open_state(path, identity, clean):
-    """The state of an AutoAttack evaluation: what an interrupted one left in the file, or a fresh one.
-
-    clean: (N,) bool, the images that are classified right without attack. Raises InputError if the file is of another
-    evaluation. (AutoAttack has a state file of its own, which version 0.2.0 cannot read back: it writes the set of its
-    attacks as a string, and then finds it different from the set.)
-    """
-    if not path.exists():
-        return {"identity": identity, "robust": clean.int().tolist(), "left": {}, "todo": None, "seconds": {}}
-    state = read_json(path)
-    differ = [k for k, v in identity.items() if state.get("identity", {}).get(k) != v]
-    if differ:
-        raise InputError(f"{path} is of an interrupted evaluation with another {', '.join(differ)}: finish that, or --overwrite")
-    print(f"going on with the interrupted evaluation of {path}")
-    return state
-
-
 def run_autoattack(aa, images, labels, attacks, batch_size, state, state_path):
     """Runs the attacks in turn, each on the images that withstood those before; fills state["left"], in per cent.
 
@@ -250,36 +257,25 @@ def run_autoattack(aa, images, labels, attacks, batch_size, state, state_path):
         show(attack, state["left"][attack], state["seconds"].get(attack))
 
 
-def attack_in_turn(model, images, labels, args, eps, identity, state_path, result):
-    """Runs AutoAttack, or the quick look that --attacks asks for, and enters its figures in the result; returns them."""
-    aa = AutoAttack(model, eps, args.seed, images.device)
-    clean, _, _, _ = run_pgd(model, images, labels, args, "clean", eps=eps, steps=0)
-    state = open_state(state_path, {**identity, "attacks": list(args.attacks), "batch_size": args.batch_size}, clean)
-    run_autoattack(aa, images, labels, args.attacks, args.batch_size, state, state_path)
-    if args.attacks == STANDARD:
-        result["aa"] = state["left"][STANDARD[-1]]
-        result["attacks"] |= state["left"]
-    else:
-        result["quick"][",".join(args.attacks)] = state["left"]
-    result["seconds"] |= state["seconds"]
-    result["autoattack"] = aa.name
-    return state["left"]
-
-
 def show(name, accuracy, seconds=None, remark=""):
     """One aligned line of a result."""
     print(f"{name:14} {accuracy:6.2f} {clock(seconds) if seconds is not None else '':>8}   {remark}".rstrip(), flush=True)
 
 
-def warn_if_normalised_otherwise(model, images, labels, clean_accuracy):
+def warn_if_normalised_otherwise(model, images, labels):
     """A checkpoint from elsewhere does not say how its input is normalised: warns if another way does better."""
-    given = model.normalize
-    for name, other in (("--no-normalize", torch.nn.Identity()), ("CIFAR-10's mean and std", models.Normalize(*models.CIFAR_NORMALIZE))):
-        model.normalize = other.to(images.device)
+    images, labels = images[:1000], labels[:1000]
+
+    def accuracy():
         with attack_mode(model, "eval"):
-            accuracy = percent(pgd_evaluate(model, images[:1000], labels[:1000], eps=0, steps=0)[0])
-        if accuracy > clean_accuracy + 2:
-            print(f"warning: clean accuracy is {accuracy:.2f} on the first 1000 images with {name}: is the normalisation right?", file=sys.stderr)
+            return percent(pgd_evaluate(model, images, labels, eps=0, restarts=0)[0])
+
+    given, as_given = model.normalize, accuracy()
+    for name, other in (("--no-normalize", torch.nn.Identity()), ("PGD-AT's mean and std", models.Normalize(*models.CIFAR_NORMALIZE))):
+        model.normalize = other.to(images.device)
+        if accuracy() > as_given + 2:
+            print(f"warning: with {name}, {accuracy():.2f} of the first {len(labels)} images are classified right, "
+                  f"against {as_given:.2f}: is the normalisation right?", file=sys.stderr)
     model.normalize = given
 
 
@@ -289,12 +285,15 @@ def main():
     precision = set_precision(args.precision, device)
     path, result_path = locate(args)
     checkpoint = load_checkpoint(path)
-    trained = checkpoint.get("args") if isinstance(checkpoint.get("args"), dict) else {}
+    ours = all(isinstance(checkpoint.get(k), t) for k, t in OURS.items()) and {"model", "activation", "eps"} <= checkpoint["args"].keys()
+    trained = checkpoint["args"] if ours else {}
     data = load_dataset(args.dataset or trained.get("dataset", "cifar10"), args.data_dir, device)
-    model, spec = rebuild(args, path, checkpoint, data.num_classes)
+    model, spec = rebuild(args, path, checkpoint, trained)
     model.to(device, memory_format=torch.channels_last).eval()
-    if args.attacks and data.num_classes < 10:
-        raise InputError(f"AutoAttack's targeted attacks need 10 classes, the data set has {data.num_classes}: use --attacks none")
+    if data.num_classes > spec["num_classes"]:
+        raise InputError(f"{path} knows {spec['num_classes']} classes, the data set has {data.num_classes}")
+    if spec["num_classes"] < 10 and any(a.endswith("-t") for a in args.attacks):
+        raise InputError(f"AutoAttack's targeted attacks need 10 classes, {path} knows {spec['num_classes']}: use --attacks none")
     n = args.n or len(data.test_labels)
     if n > len(data.test_labels):
         raise InputError(f"--n {n}: there are {len(data.test_labels):,} test images")
@@ -303,48 +302,63 @@ def main():
     identity = {**spec, "weights_sha256": digest(checkpoint["state_dict"]), "data_sha256": data.sha256, "n": n, "eps": eps,
                 "seed": args.seed, "precision": precision}
     identity = json.loads(json.dumps(identity))  # as it will be read back
-
+    aa = AutoAttack(model, eps, args.seed, device) if args.attacks else None
     state_path = result_path.with_suffix(".state.json")
+
     with run_folder(result_path.parent, f".{result_path.stem}.lock"):
-        if args.overwrite:
-            result_path.unlink(missing_ok=True)
-            state_path.unlink(missing_ok=True)
-        result = open_result(result_path, identity)
-        result |= {"checkpoint": path.name, "epoch": checkpoint.get("epoch"), "test_images": len(data.test_labels), **environment(device)}
+        result = open_result(result_path, identity, args.overwrite)
+        result |= {"checkpoint": path.name, "epoch": checkpoint["epoch"] if ours else None, "test_images": len(data.test_labels)}
+        about = {"batch_size": args.batch_size, **environment(device)}
+        state_identity = {**identity, "attacks": list(args.attacks), "batch_size": args.batch_size}
+        state = open_state(state_path, state_identity, args.overwrite)
         print(f"{path}: {spec['model']}, {n:,} of {len(data.test_labels):,} test images, eps {fraction_text(eps)}, {precision}")
 
-        if result["pgd10"] is None:
-            clean, last, always, result["seconds"]["pgd10"] = run_pgd(model, images, labels, args, "PGD-10", eps=eps)
+        if "pgd10" not in result["stages"]:
+            clean, last, always, seconds = run_pgd(model, images, labels, args, "PGD-10", eps=eps)
             result |= {"clean": percent(clean), "pgd10": percent(last), "pgd10_any": percent(always)}
+            result["stages"]["pgd10"] = {"seconds": seconds, **about}
             write_json(result_path, result)
-            if not trained:
-                warn_if_normalised_otherwise(model, images, labels, result["clean"])
+            if not ours:
+                warn_if_normalised_otherwise(model, images, labels)
         show("clean", result["clean"])
-        show("PGD-10", result["pgd10"], result["seconds"]["pgd10"], f"(every iterate right: {result['pgd10_any']:.2f})")
+        show("PGD-10", result["pgd10"], result["stages"]["pgd10"]["seconds"], f"(every iterate right: {result['pgd10_any']:.2f})")
 
         if (args.pgd_steps, args.restarts, args.loss) != (10, 1, "ce"):
             name = f"pgd-{args.loss}-{args.pgd_steps}x{args.restarts}"
-            if name not in result["attacks"]:
+            if name not in result["stages"]:
                 attack = {"steps": args.pgd_steps, "restarts": args.restarts, "loss": LOSSES[args.loss]}
-                _, _, always, result["seconds"][name] = run_pgd(model, images, labels, args, name, eps=eps, **attack)
+                _, _, always, seconds = run_pgd(model, images, labels, args, name, eps=eps, **attack)
                 result["attacks"][name] = percent(always)
+                result["stages"][name] = {"seconds": seconds, **about}
                 write_json(result_path, result)
-            show(name, result["attacks"][name], result["seconds"][name], "(every iterate of every restart right)")
+            show(name, result["attacks"][name], result["stages"][name]["seconds"], "(every iterate of every restart right)")
 
-        if args.attacks:
-            left = result["attacks"] if args.attacks == STANDARD else result["quick"].get(",".join(args.attacks), {})
-            if args.attacks[-1] in left:
-                for attack in args.attacks:
-                    show(attack, left[attack])
+        stage = "aa" if args.attacks == STANDARD else ",".join(args.attacks)
+        if args.attacks and stage not in result["stages"]:
+            if state is None:
+                clean, _, _, _ = run_pgd(model, images, labels, args, "clean", eps=eps, restarts=0)
+                state = {"identity": state_identity, "robust": clean.int().tolist(), "left": {}, "todo": None, "seconds": {}}
             else:
-                left = attack_in_turn(model, images, labels, args, eps, identity, state_path, result)
-                write_json(result_path, result)
-                state_path.unlink()
+                print(f"going on with the evaluation that was interrupted ({state_path})")
+            run_autoattack(aa, images, labels, args.attacks, args.batch_size, state, state_path)
+            if stage == "aa":
+                result["aa"] = state["left"][STANDARD[-1]]
+                result["attacks"] |= state["left"]
+            else:
+                result["quick"][stage] = state["left"]
+            result["stages"][stage] = {"seconds": state["seconds"], "autoattack": aa.name, **about}
+            write_json(result_path, result)
+        elif args.attacks:
+            for attack in args.attacks:
+                show(attack, (result["attacks"] if stage == "aa" else result["quick"][stage])[attack])
+        if args.attacks:
+            state_path.unlink(missing_ok=True)
 
     summary = f"clean {result['clean']:.2f} / PGD-10 {result['pgd10']:.2f}"
-    if args.attacks:
-        name = "AA" if args.attacks == STANDARD else f"{','.join(args.attacks)} (a quick look, not AA)"
-        summary += f" / {name} {left[args.attacks[-1]]:.2f}"
+    if stage == "aa":
+        summary += f" / AA {result['aa']:.2f}"
+    elif args.attacks:
+        summary += f" / {stage} (a quick look, not AA) {result['quick'][stage][args.attacks[-1]]:.2f}"
     print(f"{path}, {n:,} images: {summary}   ({result_path})")
 
 

@@ -273,7 +273,7 @@ case $action in
         count ;;
     print | run)
         if [ $# -eq 0 ] && [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-            set -- "$(distinct | sed -n "${SLURM_ARRAY_TASK_ID}p")"
+            set -- "$(distinct | awk -v n="$SLURM_ARRAY_TASK_ID" 'NR == n')"
             [ -n "$1" ] || die "there is no run $SLURM_ARRAY_TASK_ID: they are 1 to $(distinct | wc -l | tr -d ' ')"
         fi
         [ $# -gt 0 ] || die "$action which row? ./run_all.sh list shows them"

@@ -54,14 +54,15 @@ def test_a_run_and_its_evaluation(train, script, tmp_path):
     result = json.loads((run / "result.json").read_text())
     assert result["aa"] is None and set(result["quick"]) == {"apgd-ce,apgd-t"} and "not AA" in out.splitlines()[-1]
     assert result["n"] == 12 and result["epoch"] == best["epoch"] and result["pgd10_any"] <= result["pgd10"] <= result["clean"]
-    assert "pgd-cw-3x2" in result["attacks"]
+    assert "pgd-cw-3x2" in result["attacks"] and set(result["stages"]) == {"pgd10", "pgd-cw-3x2", "apgd-ce,apgd-t"}
+    assert result["stages"]["pgd10"]["versions"]["torch"] == torch.__version__
 
     before = (run / "result.json").read_text()
     for argv, problem in ((("--n", 13), "n was 12, is 13"), (("--n", 12, "--eps", "4/255"), "eps was")):
         status, out, err = script(eval_aa, run, "--attacks", "none", *argv)
         assert status == 2 and problem in err and (run / "result.json").read_text() == before
     status, out, err = script(eval_aa, run, "--n", 12, "--attacks", "none")          # what is there is not done again
-    assert status == 0 and json.loads((run / "result.json").read_text())["seconds"] == result["seconds"]
+    assert status == 0 and json.loads((run / "result.json").read_text())["stages"] == result["stages"]
     status, out, err = script(eval_aa, run, "--n", 13, "--attacks", "none", "--overwrite")
     assert status == 0 and json.loads((run / "result.json").read_text())["n"] == 13
     status, out, err = script(eval_aa, run, "--which", "last", "--attacks", "none")
@@ -168,18 +169,17 @@ def test_decay_epochs_beyond_the_end_only_warn(train):
     assert status == 0 and "warning: the learning rate never drops at 1, 7" in out
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path, monkeypatch):
     status, _, err = train("--lr", "1e30", "--activation", "elu", "--lr-decay-epochs", 1, "--lr-decay-factor", 1, "--warmup-lr", 0)
     assert status == 1 and re.search(r"not finite at step \d of epoch 1, lr 1e\+30; there is no good checkpoint yet", err)
     assert not (tmp_path / "run" / "last.pt").exists()
-    # and later, with a checkpoint to name: the first epoch at a sane rate
-    status, _, err = train("--lr", "1e-3", "--lr-decay-epochs", 1, "--lr-decay-factor", 1, out=tmp_path / "later", epochs=1)
-    assert status == 0
-    checkpoint = torch.load(tmp_path / "later" / "last.pt", weights_only=True)
-    checkpoint["state_dict"]["linear.bias"] += float("inf")
-    utils.save_checkpoint(tmp_path / "later" / "last.pt", {**checkpoint, "epoch": 0})
-    status, _, err = train("--lr", "1e-3", "--lr-decay-epochs", 1, "--lr-decay-factor", 1, "--resume", out=tmp_path / "later", epochs=1)
-    assert status == 1 and "not finite at step 0" in err and "Traceback" not in err
+    # and later, with a checkpoint to name: the second epoch starts with an absurd rate
+    flags = ("--lr", "1e-3", "--lr-decay-epochs", 1, "--activation", "elu", "--momentum", 0)
+    monkeypatch.setattr(train_pgdat, "schedule", lambda t, args: (1e-3 if t < 1 else 1e30, args.eps))
+    monkeypatch.setattr(utils, "schedule", lambda t, args: (1e30, args.eps))
+    status, _, err = train(*flags, out=tmp_path / "later", epochs=2)
+    assert status == 1 and re.search(r"at step \d of epoch 2, lr 1e\+30; the last good checkpoint is .*last.pt, of epoch 1", err)
+    assert utils.load_checkpoint(tmp_path / "later" / "last.pt")["epoch"] == 1
 
 
 @pytest.mark.parametrize("argv, problem", [
@@ -190,16 +190,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
     (("foreign.pt", "--model", "tiny", "--no-normalize", "--mean", "0", "0", "0", "--std", "1", "1", "1"), "contradicts"),
     (("foreign.pt", "--model", "tiny", "--n", "41"), "there are 40 test images"),
     (("foreign.pt", "--model", "tiny", "--attacks", "apgd-x"), "is not standard, none, or a list"),
+    (("foreign.pt", "--model", "tiny", "--out", "result.pt"), "does not end in .json"),
+    (("foreign.pt", "--model", "tiny", "--out", "other.json", "--overwrite"), "other.json was not written by this program"),
     (("cut.pt", "--model", "tiny"), "cut.pt"),
+    (("nan.pt", "--model", "tiny"), "nan.pt holds NaN or infinite weights"),
 ])
 def test_bad_evaluations_get_one_line_and_leave_nothing(script, tmp_path, small_npz, monkeypatch, argv, problem):
     monkeypatch.chdir(tmp_path)
     torch.save(models.build("tiny").state_dict(), "foreign.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "foreign.pt").read_bytes()[:9999])
-    before = sorted(tmp_path.iterdir())
+    torch.save({k: v * float("nan") if k == "conv1.weight" else v for k, v in models.build("tiny").state_dict().items()}, "nan.pt")
+    (tmp_path / "other.json").write_text("{}")
     status, _, err = script(eval_aa, *argv, "--dataset", small_npz)
     assert status == 2 and problem in err and len(err.splitlines()) == 1, err
-    assert sorted(tmp_path.iterdir()) == before
+    assert {p.name for p in tmp_path.iterdir()} <= {"foreign.pt", "cut.pt", "nan.pt", "other.json", ".other.lock"}
+    assert (tmp_path / "other.json").read_text() == "{}"
 
 
 def test_anyones_checkpoint(script, tmp_path, small_npz):
@@ -305,6 +310,24 @@ def test_resume_with_other_arguments_is_refused(train, tmp_path):
     status, _, err = train("--wd", "1e-4", epochs=1)
     assert status == 2 and "already holds a run: add --resume" in err
     assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == files
+
+
+def test_folders_and_checkpoints_that_are_not_this_runs_are_refused(train, tmp_path):
+    assert train(epochs=1)[0] == 0 and train("--seed", 1, out=tmp_path / "other", epochs=1)[0] == 0
+    last = tmp_path / "run" / "last.pt"
+    for other in (tmp_path / "other" / "last.pt", tmp_path / "run" / "best.pt"):
+        last.write_bytes(other.read_bytes())
+        status, _, err = train("--resume", epochs=1)
+        assert status == 2 and "last.pt is not a checkpoint of this run" in err
+    (tmp_path / "run" / "args.json").write_text('{"lr": 3}')
+    status, _, err = train("--resume", epochs=1)
+    assert status == 2 and "args.json was not written by this program" in err
+    (tmp_path / "run" / "args.json").unlink()
+    status, _, err = train("--resume", epochs=1)
+    assert status == 2 and "holds last.pt but no args.json" in err
+    (tmp_path / "file").write_text("")
+    status, _, err = train(out=tmp_path / "file", epochs=1)
+    assert status == 2 and "file" in err and len(err.splitlines()) == 1
 
 
 def test_two_processes_cannot_train_into_one_folder(train, tmp_path):

@@ -154,8 +154,9 @@ def train_epoch(model, forward, optimizer, images, labels, args, epoch):
 
 def test(model, forward, images, labels, args, epoch, prefix):
     """{prefix_clean, prefix_pgd10}: accuracies in per cent, under PGD-10 with steps of 2/255 whatever the training's."""
-    with attack_mode(model, "eval"):
-        clean, robust, _ = pgd_evaluate(forward, images, labels, eps=args.eps, seed=(args.seed, epoch))
+    with attack_mode(model, "eval"):  # twice the training batch takes about the memory of a training step
+        clean, robust, _ = pgd_evaluate(forward, images, labels, eps=args.eps, seed=(args.seed, epoch),
+                                        batch_size=2 * args.batch_size)
     return {f"{prefix}_clean": percent(clean), f"{prefix}_pgd10": percent(robust)}
 
 
@@ -189,7 +190,7 @@ def main():
     out = Path(args.out)
     with run_folder(out):
         checkpoint = open_run(out, args, data.sha256, device)
-        done, best = restore(checkpoint, model, optimizer, out / "last.pt") if checkpoint else (0, None)
+        done, best = restore(checkpoint, model, optimizer, out) if checkpoint else (0, None)
         trim_log(out / "log.jsonl", done)
         if done:
             print(f"{out} has finished" if done == args.epochs else f"going on with {out} after epoch {done}")

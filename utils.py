@@ -22,8 +22,6 @@ import platform
 import re
 import subprocess
 import sys
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,17 +110,18 @@ def read_npz(path):
             missing = [k for k in Dataset._fields[:4] if k not in npz]
             check(not missing, f"it has no {', '.join(missing)}")
             arrays = {k: npz[k] for k in Dataset._fields[:4]}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as e:
-        if isinstance(e, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as e:  # a damaged file can raise nearly anything
         raise InputError(f"{path} cannot be read as a data set (truncated, or not an .npz): {first_line(e)}") from None
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         check(images.dtype == np.uint8 and images.ndim == 4 and images.shape[1:] == (32, 32, 3) and len(images) > 0,
               f"{split}_images is {images.dtype} {images.shape}, not uint8 (N, 32, 32, 3)")
-        check(labels.dtype.kind in "iu" and labels.shape == (len(images),) and labels.min() >= 0,
-              f"{split}_labels is {labels.dtype} {labels.shape}, not non-negative integers ({len(images)},)")
+        check(labels.dtype.kind in "iu" and labels.shape == (len(images),) and 0 <= labels.min() and labels.max() < 10_000,
+              f"{split}_labels is {labels.dtype} {labels.shape}, not integers in [0, 10000) ({len(images)},)")
         arrays[f"{split}_labels"] = labels.astype(np.int64)
+    check(arrays["train_labels"].max() > 0, "all training images are of class 0")
     return arrays
 
 
@@ -236,7 +235,7 @@ def pgd(forward, x, y, start, eps, alpha, steps, loss=F.cross_entropy, tolerance
         x_adv = x_adv.detach().requires_grad_()
         logits = forward(x_adv)
         if fooled is not None:
-            fooled |= logits.argmax(1) != y
+            fooled |= ~classified_right(logits, y)
         if tolerance is not None:
             tolerance = tolerance - (logits.argmax(1) != y).int()
             moving = tolerance > 0
@@ -249,25 +248,31 @@ def pgd(forward, x, y, start, eps, alpha, steps, loss=F.cross_entropy, tolerance
     return x_adv.detach()
 
 
+def classified_right(logits, y):
+    """(B,) bool: the largest of the logits (B, K) is the label's, and all are finite."""
+    return (logits.argmax(1) == y) & logits.isfinite().all(1)
+
+
 def pgd_evaluate(forward, images, labels, *, eps, alpha=2 / 255, steps=10, restarts=1, loss=F.cross_entropy,
-                 seed=0, batch_size=1000, progress=None):
+                 seed=0, batch_size=500, progress=None):
     """Which images are classified right: three (N,) bool tensors (clean, last, any), to be averaged into accuracies.
 
-    The defaults are the paper's PGD-10. images (N, 32, 32, 3) uint8. `last`: the last iterate of every restart is
-    classified right (robust_overfitting's count, which selected the paper's checkpoints). `any`: every iterate of
-    every restart is. Run it inside attack_mode(model, "eval"). progress: called with the number of images done.
+    The defaults are the paper's PGD-10; restarts=0 is clean accuracy alone. images (N, 32, 32, 3) uint8. `last`: the
+    last iterate of every restart is classified right (robust_overfitting's count, which selected the paper's
+    checkpoints). `any`: every iterate of every restart is, the random start included. Run it inside
+    attack_mode(model, "eval"). progress: called with the number of images done.
     """
     parts = []
     for i in range(0, len(images), batch_size):
         x, y = to_float(images[i : i + batch_size]), labels[i : i + batch_size]
         with torch.no_grad():
-            clean = forward(x).argmax(1) == y
-        last, fooled = clean.clone(), ~clean
+            clean = classified_right(forward(x), y)
+        last, fooled = torch.ones_like(clean), torch.zeros_like(clean)
         for restart in range(restarts):
             start = random_start(x, eps, seeded(x.device, seed, "evaluation", restart, i))
             x_adv = pgd(forward, x, y, start, eps, alpha, steps, loss, fooled=fooled)
             with torch.no_grad():
-                right = forward(x_adv).argmax(1) == y
+                right = classified_right(forward(x_adv), y)
             last &= right
             fooled |= ~right
         parts.append((clean, last, ~fooled))
@@ -286,8 +291,8 @@ def percent(flags):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def smoothed_cross_entropy(logits, y, smoothing, reduction="mean"):
-    """Cross-entropy with target 1 - smoothing on the label and smoothing / (K-1) on each *other* class (Table 4).
+def smoothed_cross_entropy(logits, y, smoothing):
+    """Mean cross-entropy with target 1 - smoothing on the label and smoothing / (K-1) on each *other* class (Table 4).
 
     logits (B, K), 0 <= smoothing < 1. torch's own label_smoothing=e spreads e over all K classes: there e would be
     smoothing * K / (K-1).
@@ -295,8 +300,7 @@ def smoothed_cross_entropy(logits, y, smoothing, reduction="mean"):
     log_p = F.log_softmax(logits, dim=1)
     on_label = -log_p.gather(1, y[:, None]).squeeze(1)                    # (B,)
     off_label = (-log_p.sum(1) - on_label) / (logits.shape[1] - 1)        # (B,) mean over the other classes
-    loss = (1 - smoothing) * on_label + smoothing * off_label
-    return loss.mean() if reduction == "mean" else loss.sum()
+    return ((1 - smoothing) * on_label + smoothing * off_label).mean()
 
 
 def cw_loss(logits, y, reduction="mean"):
@@ -401,13 +405,16 @@ class Parser(argparse.ArgumentParser):
 
 def number(low, high=math.inf, kind=float, open_high=False):
     """An argparse type: a number in [low, high], or in [low, high) with open_high."""
+    if kind is int:
+        high = min(high, 2**31 - 1)
+
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
-        if not low <= value <= high or (open_high and value == high) or not math.isfinite(value):
-            interval = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}{')' if open_high else ']'}"
+        if not low <= value <= high or value == math.inf or (open_high and value == high):
+            interval = f"at least {low:g}" if high >= 2**31 - 1 else f"in [{low:g}, {high:g}{')' if open_high else ']'}"
             raise argparse.ArgumentTypeError(f"{text} is not {interval}")
         return value
     return parse
@@ -431,6 +438,8 @@ def resolve(parser, args, prefix):
         without_effect(parser, args, f"--lr-schedule {args.lr_schedule}", "lr_decay_epochs", "lr_decay_factor")
     if args.out is None:
         args.out = f"runs/{run_name(prefix, args, parser)}"
+    if not args.out:
+        parser.error("--out is empty")
     if args.lr is None:
         args.lr = 1e-4 if adam else 0.1
     return args
@@ -455,11 +464,12 @@ def fraction_text(value):
 
 
 def run_script(main):
-    """Runs main(); an InputError becomes one line on stderr and exit status 2, Ctrl-C one line and 130."""
+    """Runs main(); bad input and files that cannot be used become one line on stderr and exit status 2, Ctrl-C 130."""
     try:
         main()
-    except InputError as e:
-        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+    except (InputError, OSError) as e:
+        message = str(e) if isinstance(e, InputError) or not e.filename else f"{e.filename}: {e.strerror}"
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -470,6 +480,8 @@ def pick_device(name):
     """torch.device of "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ... Raises InputError if it is not here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"device {name!r} is not auto, cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -488,7 +500,7 @@ def set_precision(precision, device):
     if precision == "tf32" and device.type != "cuda":
         raise InputError(f"--precision tf32 exists on CUDA only, not on {device.type}")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("highest")  # torch's default, unless the environment says otherwise
     return precision
 
 
@@ -499,6 +511,7 @@ def make_forward(model, precision="fp32", compile=False):
     cannot compile.
     """
     device = next(model.parameters()).device.type
+    torch.backends.cudnn.benchmark = True  # shapes are few here, unlike AutoAttack's
     net = model
     if compile:
         # One graph for each of: attack (frozen, train or eval), update, clean pass, test; times the batch sizes.
@@ -536,14 +549,14 @@ def write_json(path, value):
     write_atomically(path, lambda f: f.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
-def read_json(path):
-    """The JSON object in a file. Raises InputError if it cannot be read as one."""
+def read_json(path, types):
+    """The JSON object in a file; types: {key: type} that it must hold. Raises InputError if it does not."""
     try:
         value = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path} cannot be read: {e}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object")
+    except ValueError as e:
+        raise InputError(f"{path} cannot be read: {first_line(e)}") from None
+    if not isinstance(value, dict) or not all(isinstance(value.get(k), t) for k, t in types.items()):
+        raise InputError(f"{path} was not written by this program: it should hold {', '.join(types)}")
     return value
 
 
@@ -552,17 +565,19 @@ def save_checkpoint(path, checkpoint):
     write_atomically(path, lambda f: torch.save(checkpoint, f))
 
 
-def load_checkpoint(path, device="cpu"):
-    """The dict in a checkpoint file: ours, {"state_dict": ...}, or a bare state dict (returned as {"state_dict": it}).
+def load_checkpoint(path):
+    """The dict in a checkpoint file, on the CPU: ours, {"state_dict": ...}, or a bare state dict (returned as {"state_dict": it}).
 
     Only tensors and plain values are unpickled (weights_only=True). A `module.` prefix (DataParallel) and the
     `sub_block1.*` keys of WideResNets, which no forward pass uses, are dropped. Raises InputError for a file that is
     missing, cut short, holds other objects, or holds no state dict.
     """
     try:
-        loaded = torch.load(path, map_location=device, weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
+    except (PermissionError, IsADirectoryError):
+        raise  # the message says it all
     except pickle.UnpicklingError:
         raise InputError(f"{path} is refused: it is no checkpoint, or pickles more than tensors and plain values") from None
     except Exception as e:  # a damaged file can raise nearly anything
@@ -578,8 +593,12 @@ def load_checkpoint(path, device="cpu"):
 
 
 def load_weights(model, state, path):
-    """model.load_state_dict(state, strict), with an InputError that names the first keys that differ."""
+    """model.load_state_dict(state), strictly but for `num_batches_tracked`, which old checkpoints lack.
+
+    Raises InputError, naming the first keys that differ, or if a weight is not finite.
+    """
     own = model.state_dict()
+    state = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **state}
     different = [f"{k} missing" for k in own if k not in state]
     different += [f"{k} unexpected" for k in state if k not in own]
     different += [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
@@ -587,7 +606,13 @@ def load_weights(model, state, path):
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise InputError(f"{path} is of another architecture: {', '.join(different[:3])}{more}")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:  # sparse, quantised ...
+        raise InputError(f"{path} cannot be loaded: {first_line(e)}") from None
+    broken = [k for k, v in model.state_dict().items() if not v.isfinite().all()]
+    if broken:
+        raise InputError(f"{path} holds NaN or infinite weights: {', '.join(broken[:3])}")
 
 
 def environment(device):
@@ -613,31 +638,27 @@ def environment(device):
 @contextlib.contextmanager
 def run_folder(out, lock=".lock"):
     """Makes the folder and holds a lock in it while open; a killed process frees it. Raises InputError if another has it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        f = open(out / lock, "w")
-    except OSError as e:
-        raise InputError(f"cannot write into {out}: {e.strerror}") from None
-    with f:
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / lock, "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise InputError(f"another process is working in {out}") from None
+        except OSError as e:
+            raise InputError(f"the file system of {out} has no locks ({e.strerror}): choose an --out elsewhere") from None
         yield
 
 
 def run_name(prefix, args, parser):
     """A readable name out of what differs from the parser's defaults: pgdat-bn-mode-eval-ls0.1."""
     def text(v):
-        if isinstance(v, (list, tuple)):
-            return "-".join(map(str, v))
-        return Path(v).stem if isinstance(v, str) else f"{v:g}"
+        return "" if v is True else Path(v).stem if isinstance(v, str) else f"{v:.10g}"
 
     parts = [prefix]
     for key, value in vars(args).items():
         if value != parser.get_default(key) and key not in NOT_A_SETTING:
-            glue = "-" if isinstance(value, str) else ""
-            parts.append(f"{key.replace('_', '-')}{glue}{text(value)}")
+            values = value if isinstance(value, list) else [value]
+            parts.append(key.replace("_", "-") + ("-" if isinstance(value, str) else "") + "-".join(map(text, values)))
     return "-".join(parts)
 
 
@@ -654,14 +675,15 @@ def open_run(out, args, data_sha256, device):
     record, last = out / "args.json", out / "last.pt"
     now = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], **environment(device)}
     if not record.exists():
+        remains = [f for f in ("last.pt", "best.pt", "log.jsonl") if (out / f).exists()]
+        if remains:
+            raise InputError(f"{out} holds {remains[0]} but no args.json: choose another --out")
         write_json(record, {"args": vars(args), **now, "data_sha256": data_sha256, "resumed": []})
         return None
     if not args.resume:
         raise InputError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
-    before = read_json(record)
-    theirs, ours = dict(before["args"]), json.loads(json.dumps(vars(args)))
-    differ = [f"--{k.replace('_', '-')} was {theirs.get(k)}, is {ours.get(k)}" for k in sorted(theirs | ours)
-              if k not in NOT_A_SETTING and theirs.get(k) != ours.get(k)]
+    before = read_json(record, {"args": dict, "command": list, "data_sha256": str, "resumed": list})
+    differ = differences(before["args"], vars(args))
     if before["command"][0] != now["command"][0]:
         differ.insert(0, f"the script was {before['command'][0]}")
     if before["data_sha256"] != data_sha256:
@@ -670,10 +692,19 @@ def open_run(out, args, data_sha256, device):
         raise InputError(f"{out} was started with other arguments: {'; '.join(differ)}")
     if not last.exists():
         return None
-    checkpoint = load_checkpoint(last, device)
+    checkpoint = load_checkpoint(last)
+    if "optimizer" not in checkpoint or differences(checkpoint["args"], vars(args)):
+        raise InputError(f"{last} is not a checkpoint of this run")
     before["resumed"].append({"epoch": checkpoint["epoch"], **now})
     write_json(record, before)
     return checkpoint
+
+
+def differences(before, now):
+    """Which settings differ between the arguments of a run's start and of now, in words. The data set's name is none."""
+    now = json.loads(json.dumps(now))  # as it was written
+    return [f"--{k.replace('_', '-')} was {before.get(k)}, is {now.get(k)}" for k in sorted(before | now)
+            if k not in (*NOT_A_SETTING, "dataset") and before.get(k) != now.get(k)]
 
 
 def trim_log(path, epoch):
@@ -691,24 +722,34 @@ def append_log(path, entry):
         os.fsync(f.fileno())
 
 
-def restore(checkpoint, model, optimizer, path):
+def restore(checkpoint, model, optimizer, out):
     """Puts a run's last.pt back into model and optimiser; returns (epochs done, log entry of the best epoch)."""
-    load_weights(model, checkpoint["state_dict"], path)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["epoch"], checkpoint["best"]
+    load_weights(model, checkpoint["state_dict"], out / "last.pt")
+    optimizer.load_state_dict(checkpoint.pop("optimizer"))
+    best = checkpoint.pop("best")
+    if best == checkpoint["log"]:
+        save_checkpoint(out / "best.pt", checkpoint)  # the run may have been killed just before
+    return checkpoint["epoch"], best
 
 
 def save_epoch(out, entry, best, model, optimizer, about):
-    """Puts an epoch on the disk: its line in log.jsonl, best.pt if it is the best one, last.pt.
+    """Puts an epoch on the disk: its line in log.jsonl, last.pt, and best.pt if it is the best one.
 
     entry, best: log entries of this epoch and of the best one so far; about: what else rebuilding the model takes.
-    The line comes first and last.pt last: a run killed in between does this epoch again, exactly (see trim_log).
+    Whatever the moment a run is killed at, log and best.pt agree with last.pt once it has been resumed: trim_log drops
+    a line that last.pt does not know of, restore writes a best.pt that is missing.
     """
     append_log(out / "log.jsonl", entry)
-    checkpoint = {"state_dict": model.state_dict(), "epoch": entry["epoch"], "log": entry, **about}
+    state = {k: v.cpu() for k, v in model.state_dict().items()}
+    checkpoint = {"state_dict": state, "epoch": entry["epoch"], "log": entry, **about}
+    save_checkpoint(out / "last.pt", {**checkpoint, "optimizer": optimizer.state_dict(), "best": best})
     if best is entry:
         save_checkpoint(out / "best.pt", checkpoint)
-    save_checkpoint(out / "last.pt", {**checkpoint, "optimizer": optimizer.state_dict(), "best": best})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Console
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def show_setting(args, model, n_train, n_test):
@@ -720,6 +761,10 @@ def show_setting(args, model, n_train, n_test):
     print(f"data   {args.dataset}: {n_train:,} training images{held_out}, {n_test:,} test images")
     print(f"model  {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"steps  {args.epochs} epochs of {steps:,}: {args.epochs * steps:,}")
+    for flag in ("warmup_lr", "warmup_eps", "early_stop_pgd"):
+        value = getattr(args, flag, None)
+        if value and (max(value) if isinstance(value, list) else value) > args.epochs:
+            print(f"warning: --{flag.replace('_', '-')} reaches beyond the run's {args.epochs} epochs")
     late = [f"{e:g}" for e in args.lr_decay_epochs if e >= args.epochs]
     if args.lr_schedule == "piecewise" and late:
         print(f"warning: the learning rate never drops at {', '.join(late)}, for the run ends after {args.epochs} epochs")

@@ -160,3 +160,11 @@ def test_evaluation_counts_last_and_any_iterate_over_restarts(loss):
                     it = torch.max(torch.min(it, x + eps), x - eps).clamp(0, 1)
         assert (clean[i], last[i], always[i]) == (ok_clean, ok_last, ok_always)
     assert 0 < always.sum() < last.sum() < clean.sum() < 60
+
+
+def test_logits_that_are_not_finite_are_never_right():
+    logits = torch.zeros(3, 4)
+    logits[:, 0] = 1
+    logits[1, 2] = float("nan")
+    logits[2, 0] = float("inf")
+    assert utils.classified_right(logits, torch.zeros(3, dtype=torch.long)).tolist() == [True, False, False]

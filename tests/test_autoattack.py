@@ -43,7 +43,8 @@ def staged(problem, state_path, watch=None):
         aa.fools = watch(aa.fools)
     with torch.no_grad():
         clean = model(utils.to_float(images)).argmax(1) == labels
-    state = eval_aa.open_state(state_path, {"who": "me"}, clean)
+    fresh = {"identity": {"who": "me"}, "robust": clean.int().tolist(), "left": {}, "todo": None, "seconds": {}}
+    state = eval_aa.open_state(state_path, {"who": "me"}, overwrite=False) or fresh
     eval_aa.run_autoattack(aa, images, labels, eval_aa.STANDARD, BATCH, state, state_path)
     return state
 
@@ -76,12 +77,17 @@ def test_equals_one_call_of_autoattack_even_when_interrupted(problem, tmp_path):
     assert resumed["robust"] == robust and resumed["left"] == state["left"]
 
 
-def test_the_state_of_another_evaluation_is_refused(problem, tmp_path):
-    clean = torch.ones(3).bool()
-    utils.write_json(tmp_path / "s.json", eval_aa.open_state(tmp_path / "s.json", {"n": 3, "eps": 0.1}, clean))
-    assert eval_aa.open_state(tmp_path / "s.json", {"n": 3, "eps": 0.1}, clean)["todo"] is None
+def test_the_state_of_another_evaluation_is_refused(tmp_path):
+    path = tmp_path / "s.json"
+    assert eval_aa.open_state(path, {"n": 3, "eps": 0.1}, overwrite=False) is None
+    utils.write_json(path, {"identity": {"n": 3, "eps": 0.1}, "robust": [1, 1, 0], "left": {}, "todo": None, "seconds": {}})
+    assert eval_aa.open_state(path, {"n": 3, "eps": 0.1}, overwrite=False)["robust"] == [1, 1, 0]
     with pytest.raises(utils.InputError, match="another eps"):
-        eval_aa.open_state(tmp_path / "s.json", {"n": 3, "eps": 0.2}, clean)
+        eval_aa.open_state(path, {"n": 3, "eps": 0.2}, overwrite=False)
+    assert eval_aa.open_state(path, {"n": 3, "eps": 0.2}, overwrite=True) is None
+    path.write_text("[]")
+    with pytest.raises(utils.InputError, match="not written by this program"):
+        eval_aa.open_state(path, {"n": 3}, overwrite=False)
 
 
 def test_a_channels_last_model_is_attacked_without_a_stride_error():

@@ -58,6 +58,15 @@ def test_another_architecture_is_refused_by_its_first_keys():
         utils.load_weights(models.build("tiny"), state, "x.pt")
 
 
+def test_weights_that_are_not_finite_are_refused_and_old_checkpoints_are_not():
+    state = models.build("tiny").state_dict()
+    old = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}  # as before torch 0.4.1
+    utils.load_weights(models.build("tiny"), old, "x.pt")
+    state["linear.bias"] = state["linear.bias"] + float("nan")
+    with pytest.raises(utils.InputError, match="NaN or infinite weights: linear.bias"):
+        utils.load_weights(models.build("tiny"), state, "x.pt")
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "c.pt"
     utils.save_checkpoint(path, {"state_dict": {"w": torch.ones(1)}})

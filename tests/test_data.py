@@ -84,7 +84,9 @@ def write(path, **changes):
     ({"train_images": np.zeros((4, 32, 32, 3), np.float32)}, "train_images is float32"),
     ({"train_images": np.zeros((4, 3, 32, 32), np.uint8)}, "not uint8 \\(N, 32, 32, 3\\)"),
     ({"train_labels": np.arange(3)}, "train_labels is int64 \\(3,\\)"),
-    ({"train_labels": np.array([0, 1, -1, 2])}, "non-negative"),
+    ({"train_labels": np.array([0, 1, -1, 2])}, "not integers in"),
+    ({"test_labels": np.array([0, 2**62])}, "not integers in"),
+    ({"train_labels": np.zeros(4, int), "test_labels": np.zeros(2, int)}, "all training images are of class 0"),
     ({"train_labels": np.array([0, 1, 2, None], dtype=object)}, "cannot be read"),
 ])
 def test_foreign_files_are_refused(tmp_path, changes, problem):
