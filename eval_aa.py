@@ -289,7 +289,7 @@ def main():
     trained = checkpoint["args"] if ours else {}
     data = load_dataset(args.dataset or trained.get("dataset", "cifar10"), args.data_dir, device)
     model, spec = rebuild(args, path, checkpoint, trained)
-    model.to(device, memory_format=torch.channels_last).eval()
+    model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if data.num_classes > spec["num_classes"]:
         raise InputError(f"{path} knows {spec['num_classes']} classes, the data set has {data.num_classes}")
     if spec["num_classes"] < 10 and any(a.endswith("-t") for a in args.attacks):
@@ -310,7 +310,7 @@ def main():
         result |= {"checkpoint": path.name, "epoch": checkpoint["epoch"] if ours else None, "test_images": len(data.test_labels)}
         about = {"batch_size": args.batch_size, **environment(device)}
         state_identity = {**identity, "attacks": list(args.attacks), "batch_size": args.batch_size}
-        state = open_state(state_path, state_identity, args.overwrite)
+        state = open_state(state_path, state_identity, args.overwrite) if args.attacks else None
         print(f"{path}: {spec['model']}, {n:,} of {len(data.test_labels):,} test images, eps {fraction_text(eps)}, {precision}")
 
         if "pgd10" not in result["stages"]:
