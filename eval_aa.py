@@ -9,7 +9,8 @@
 Accuracies are per cent of the images. `pgd10` counts an image as robust if the last iterate is classified right (as the
 paper's checkpoints were selected), `pgd10_any` if every iterate is. AutoAttack is the `standard` version (Croce & Hein,
 2020); the figure of each of its attacks is what is left after it and those before it. An AutoAttack evaluation that was
-interrupted goes on where it was, to the batch, when the same command is given again.
+interrupted goes on where it was, to the batch, when the same command is given again. `torchrun --nproc_per_node=N
+eval_aa.py ...` deals the batches out to N processes, with the same figures.
 """
 
 import argparse
@@ -23,13 +24,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import models
 from utils import (
-    InputError, Parser, attack_mode, clock, cw_loss, environment, fraction, fraction_text, load_checkpoint, load_dataset,
-    load_weights, number, percent, pgd_evaluate, pick_device, read_json, run_folder, run_script, set_precision, to_float,
-    write_json,
+    InputError, Parser, clock, cw_loss, environment, evaluation_batch, fraction, fraction_text, join_processes,
+    load_checkpoint, load_dataset, load_weights, make_forward, number, percent, pgd_evaluate, pick_device, progress_bar,
+    rank, read_json, run_folder, run_script, set_precision, sum_over_ranks, to_float, world, write_json,
 )
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack's standard version, in its order
@@ -67,10 +67,12 @@ def parse_args(argv=None):
     p.add_argument("--loss", choices=LOSSES, default="ce", help="and this loss (cw: the margin of Carlini & Wagner)")
 
     p.add_argument("--seed", type=number(0, kind=int), default=0, help="of the attacks (default: %(default)s)")
-    p.add_argument("--batch-size", type=number(1, kind=int), default=500, help="images a batch (default: %(default)s)")
+    p.add_argument("--batch-size", type=number(1, kind=int),
+                   help="images a batch (default: up to 1000, what half of the GPU's free memory takes; 250 on the CPU)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
     p.add_argument("--precision", choices=("fp32", "tf32"), help="fp32: strict; tf32: torch's own default (default on CUDA)")
-    p.add_argument("--out", type=Path, 
+    p.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    p.add_argument("--out", type=Path,
                    help="the result's file (default: result.json in the run's folder; CHECKPOINT_result.json beside another)")
     p.add_argument("--overwrite", action="store_true", help="discard what that file holds of other settings")
     args = p.parse_args(argv)
@@ -164,18 +166,30 @@ def open_state(path, identity, overwrite):
     return state
 
 
-def run_pgd(model, images, labels, args, name, **attack):
+def padded(forward, batch_size):
+    """forward for 1 to batch_size images, filled up to one of few sizes: a compiled model is compiled anew for each size,
+    and AutoAttack goes on with fewer and fewer images."""
+    def call(x):
+        size = batch_size
+        while size >= 2 * len(x):
+            size //= 2
+        x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, size - len(x))) if size > len(x) else x
+        return forward(x.contiguous(memory_format=torch.channels_last))
+    return lambda x: call(x)[: len(x)]
+
+
+def run_pgd(forward, images, labels, args, name, **attack):
     """(clean, last, any) of utils.pgd_evaluate, three (N,) bool tensors, under a progress bar; and the seconds it took."""
     started = time.time()
-    with tqdm(total=len(labels), desc=name, unit=" img", leave=False, disable=None) as bar, attack_mode(model, "eval"):
-        flags = pgd_evaluate(model, images, labels, seed=args.seed, batch_size=args.batch_size, progress=bar.update, **attack)
+    with progress_bar(len(labels) * attack.get("restarts", 1), name) as bar:
+        flags = pgd_evaluate(forward, images, labels, seed=args.seed, batch_size=args.batch_size, progress=bar.update, **attack)
     return *flags, round(time.time() - started, 1)
 
 
 class AutoAttack:
     """One attack of AutoAttack's standard version at a time, on one batch: from pyautoattack or GitHub's autoattack."""
 
-    def __init__(self, model, eps, seed, device):
+    def __init__(self, forward, eps, seed, device):
         for package in ("pyautoattack", "autoattack"):
             try:
                 module = importlib.import_module(package)
@@ -185,7 +199,7 @@ class AutoAttack:
         else:
             raise InputError("AutoAttack is not installed: pip install pyautoattack==0.2.0 (or --attacks none)")
         self.name = f"{package} {getattr(module, '__version__', '(no version)')}"
-        self.model, self.bar, self.forwards = model, None, 0
+        self.model, self.bar, self.forwards = forward, None, 0
         logging.getLogger("auto-attack").addFilter(OncePerMessage())
         quiet = {} if package == "pyautoattack" else {"verbose": False}
         self.aa = module.AutoAttack(self.forward, norm="Linf", eps=eps, seed=seed, version="standard", device=device, **quiet)
@@ -230,25 +244,28 @@ class OncePerMessage(logging.Filter):
 def run_autoattack(aa, images, labels, attacks, batch_size, state, state_path):
     """Runs the attacks in turn, each on the images that withstood those before; fills state["left"], in per cent.
 
-    Batches and seeds are those of one call of AutoAttack's run_standard_evaluation, and so are the figures. The state
-    is on the disk after every batch.
+    Batches and seeds are those of one call of AutoAttack's run_standard_evaluation, and so are the figures. Under
+    torchrun every process takes a batch at a time. The state is on the disk after every round.
     """
     robust = torch.tensor(state["robust"], dtype=torch.bool, device=labels.device)
     for attack in [a for a in attacks if a not in state["left"]]:
         if state["todo"] is None:
             state["todo"] = robust.nonzero().squeeze(1).tolist()
         said = time.time()
-        with tqdm(total=len(state["todo"]), desc=attack, unit=" img", leave=False, disable=None) as bar:
+        with progress_bar(len(state["todo"]), attack) as bar:
             aa.watch(bar)
             while state["todo"]:
                 started = time.time()
-                batch = torch.tensor(state["todo"][:batch_size], device=labels.device)
-                fooled = aa.fools(attack, to_float(images[batch]), labels[batch])
-                robust[batch[fooled]] = False
-                state["robust"], state["todo"] = robust.int().tolist(), state["todo"][batch_size:]
+                mine = torch.tensor(state["todo"][rank() * batch_size :][:batch_size], dtype=torch.int64, device=labels.device)
+                fooled = torch.zeros(len(labels), dtype=torch.int32, device=labels.device)
+                if len(mine):
+                    fooled[mine] = aa.fools(attack, to_float(images[mine]), labels[mine]).int()
+                robust &= sum_over_ranks(fooled) == 0
+                done = min(world() * batch_size, len(state["todo"]))
+                state["robust"], state["todo"] = robust.int().tolist(), state["todo"][done:]
                 state["seconds"][attack] = round(state["seconds"].get(attack, 0) + time.time() - started, 1)
                 write_json(state_path, state)
-                bar.update(len(batch))
+                bar.update(done)
                 if bar.disable and time.time() - said > 60:  # no terminal: a line a minute
                     said = time.time()
                     print(f"  {attack}: {len(state['todo']):,} images to go, {percent(robust):.2f} left so far", flush=True)
@@ -267,13 +284,12 @@ def warn_if_normalised_otherwise(model, images, labels):
     images, labels = images[:1000], labels[:1000]
 
     def accuracy():
-        with attack_mode(model, "eval"):
-            return percent(pgd_evaluate(model, images, labels, eps=0, restarts=0)[0])
+        return percent(pgd_evaluate(model, images, labels, eps=0, restarts=0)[0])
 
     given, as_given = model.normalize, accuracy()
     for name, other in (("--no-normalize", torch.nn.Identity()), ("PGD-AT's mean and std", models.Normalize(*models.CIFAR_NORMALIZE))):
         model.normalize = other.to(images.device)
-        if accuracy() > as_given + 2:
+        if accuracy() > as_given + 2 and rank() == 0:
             print(f"warning: with {name}, {accuracy():.2f} of the first {len(labels)} images are classified right, "
                   f"against {as_given:.2f}: is the normalisation right?", file=sys.stderr)
     model.normalize = given
@@ -282,6 +298,7 @@ def warn_if_normalised_otherwise(model, images, labels):
 def main():
     args = parse_args()
     device = pick_device(args.device)
+    join_processes(device)
     precision = set_precision(args.precision, device)
     path, result_path = locate(args)
     checkpoint = load_checkpoint(path)
@@ -302,19 +319,21 @@ def main():
     identity = {**spec, "weights_sha256": digest(checkpoint["state_dict"]), "data_sha256": data.sha256, "n": n, "eps": eps,
                 "seed": args.seed, "precision": precision}
     identity = json.loads(json.dumps(identity))  # as it will be read back
-    aa = AutoAttack(model, eps, args.seed, device) if args.attacks else None
+    args.batch_size = args.batch_size or evaluation_batch(model, device)
+    forward = padded(make_forward(model, precision, compile=True), args.batch_size) if args.compile else model
+    aa = AutoAttack(forward, eps, args.seed, device) if args.attacks else None
     state_path = result_path.with_suffix(".state.json")
 
     with run_folder(result_path.parent, f".{result_path.stem}.lock"):
         result = open_result(result_path, identity, args.overwrite)
         result |= {"checkpoint": path.name, "epoch": checkpoint["epoch"] if ours else None, "test_images": len(data.test_labels)}
-        about = {"batch_size": args.batch_size, **environment(device)}
+        about = {"batch_size": args.batch_size, "compiled": args.compile, **environment(device)}
         state_identity = {**identity, "attacks": list(args.attacks), "batch_size": args.batch_size}
         state = open_state(state_path, state_identity, args.overwrite) if args.attacks else None
         print(f"{path}: {spec['model']}, {n:,} of {len(data.test_labels):,} test images, eps {fraction_text(eps)}, {precision}")
 
         if "pgd10" not in result["stages"]:
-            clean, last, always, seconds = run_pgd(model, images, labels, args, "PGD-10", eps=eps)
+            clean, last, always, seconds = run_pgd(forward, images, labels, args, "PGD-10", eps=eps)
             result |= {"clean": percent(clean), "pgd10": percent(last), "pgd10_any": percent(always)}
             result["stages"]["pgd10"] = {"seconds": seconds, **about}
             write_json(result_path, result)
@@ -327,7 +346,7 @@ def main():
             name = f"pgd-{args.loss}-{args.pgd_steps}x{args.restarts}"
             if name not in result["stages"]:
                 attack = {"steps": args.pgd_steps, "restarts": args.restarts, "loss": LOSSES[args.loss]}
-                _, _, always, seconds = run_pgd(model, images, labels, args, name, eps=eps, **attack)
+                _, _, always, seconds = run_pgd(forward, images, labels, args, name, eps=eps, **attack)
                 result["attacks"][name] = percent(always)
                 result["stages"][name] = {"seconds": seconds, **about}
                 write_json(result_path, result)
@@ -336,7 +355,7 @@ def main():
         stage = "aa" if args.attacks == STANDARD else ",".join(args.attacks)
         if args.attacks and stage not in result["stages"]:
             if state is None:
-                clean, _, _, _ = run_pgd(model, images, labels, args, "clean", eps=eps, restarts=0)
+                clean, _, _, _ = run_pgd(forward, images, labels, args, "clean", eps=eps, restarts=0)
                 state = {"identity": state_identity, "robust": clean.int().tolist(), "left": {}, "todo": None, "seconds": {}}
             else:
                 print(f"going on with the evaluation that was interrupted ({state_path})")
@@ -351,7 +370,7 @@ def main():
         elif args.attacks:
             for attack in args.attacks:
                 show(attack, (result["attacks"] if stage == "aa" else result["quick"][stage])[attack])
-        if args.attacks:
+        if args.attacks and rank() == 0:
             state_path.unlink(missing_ok=True)
 
     summary = f"clean {result['clean']:.2f} / PGD-10 {result['pgd10']:.2f}"

@@ -18,8 +18,8 @@ python=${PYTHON:-python}
 rows() {
     grep -v '^#' <<'ROWS'
 # Not in the paper: they show that everything works, on the embedded data.
-quickstart                          | -/-/-             | train_pgdat.py --model tiny --dataset data/cifar10_mini.npz --bn-mode eval --epochs 12 --batch-size 32 --lr 0.05 --lr-schedule onecycle ; eval_aa.py --n 100
-quickstart-trades                   | -/-/-             | train_trades.py --model tiny --dataset data/cifar10_mini.npz --epochs 12 --batch-size 32 --lr 0.05 --lr-schedule onecycle ; eval_aa.py --n 100
+quickstart                          | -/-/-             | train_pgdat.py --model tiny --dataset data/cifar10_mini.npz --bn-mode eval --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle ; eval_aa.py --n 100
+quickstart-trades                   | -/-/-             | train_trades.py --model tiny --dataset data/cifar10_mini.npz --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle ; eval_aa.py --n 100
 # Table 2: early-stopped attack, warm-up of the learning rate, warm-up of eps; ResNet-18.
 t2-base                             | 82.52/53.58/48.51 | train_pgdat.py
 t2-es-40-70                         | 86.52/52.65/46.6  | train_pgdat.py --early-stop-pgd 40 70

@@ -1,14 +1,18 @@
 """The real command lines, shrunk: every script from end to end on a CPU. The numerics are tested in tests/."""
 
 import json
+import os
 import re
 import signal
 import sys
+import traceback
+from pathlib import Path
+
+from tests.conftest import ROOT, small_npz, script, spawn  # noqa: F401 (fixtures); first: it limits torch's threads
 
 import numpy as np
 import pytest
 import torch
-from tests.conftest import ROOT, small_npz, script, spawn  # noqa: F401 (fixtures)
 
 import eval_aa
 import models
@@ -228,46 +232,76 @@ def test_anyones_checkpoint(script, tmp_path, small_npz):
 # Interrupted runs
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Runs train_pgdat.py, and kills it with SIGKILL at the given call of the given function: before, half through, or after.
-KILLER = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import train_pgdat, utils
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
 
-class HalfFile:
-    def __init__(self, f): self.f = f
-    def write(self, data):
-        self.f.write(bytes(data)[: len(data) // 2]); self.f.flush(); die()
-    def __getattr__(self, name): return getattr(self.f, name)
+def train_with_signals(tmp_path, *runs):
+    """Runs train_pgdat.py's main once for each of `runs`, (argv, where, function, number, signal): it gets that signal at that
+    call of that function, before, half through, or after. Returns [(exit status, output)], a negative status being the signal
+    that killed it. All are forks of one process that has imported everything, which is much quicker than so many starts."""
+    jobs = [([str(a) for a in argv], *rest, str(tmp_path / f"output{i}")) for i, (argv, *rest) in enumerate(runs)]
+    done = spawn(sys.executable, "-c", f"import test_smoke; test_smoke.fork_each({jobs!r})")
+    assert done.returncode == 0, done.stderr
+    return [(int(status), Path(job[-1]).read_text()) for status, job in zip(done.stdout.split(), jobs, strict=True)]
 
-calls = 0
-where, function, number = {where!r}, {function!r}, {number}
-module = train_pgdat if function == "train_step" else utils
-original = getattr(module, function)
 
-def wrapped(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == number and where == "before":
-        die()
-    if calls == number and where == "half":
-        if function == "append_log":
-            with open(args[0], "a") as f: f.write('{{"epoch": 9, "lr'); f.flush(); die()
-        if function == "save_checkpoint":
-            original_write = utils.write_atomically
-            utils.write_atomically = lambda path, write: original_write(path, lambda f: write(HalfFile(f)))
-    result = original(*args, **kwargs)
-    if calls == number and where == "after":
-        die()
-    return result
+def fork_each(jobs):
+    torch.optim.SGD([torch.zeros(1)], lr=1)  # imports what it needs
+    for argv, where, function, number, signal_number, output in jobs:
+        child = os.fork()
+        if child == 0:
+            sys.stdout = sys.stderr = open(output, "w", buffering=1)
+            sys.argv = ["train_pgdat.py", *argv]
+            status = 99
+            try:
+                send_signal_at(where, function, number, signal_number)
+                utils.run_script(train_pgdat.main)
+                status = 0
+            except SystemExit as e:
+                status = e.code
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(status)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
-setattr(module, function, wrapped)
-sys.argv = {argv!r}
-utils.run_script(train_pgdat.main)
-"""
+
+def send_signal_at(where, function, number, signal_number):
+    module = train_pgdat if function == "train_step" else utils
+    original, calls = getattr(module, function), []
+
+    def send():
+        os.kill(os.getpid(), signal_number)
+
+    class HalfFile:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            self.file.write(bytes(data)[: len(data) // 2])
+            self.file.flush()
+            send()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number and where == "before":
+            send()
+        if len(calls) == number and where == "half" and function == "append_log":
+            with open(args[0], "a") as f:
+                f.write('{"epoch": 9, "lr')
+            send()
+        if len(calls) == number and where == "half" and function == "save_checkpoint":
+            write_atomically = utils.write_atomically
+            utils.write_atomically = lambda path, write: write_atomically(path, lambda f: write(HalfFile(f)))
+        result = original(*args, **kwargs)
+        if len(calls) == number and where == "after":
+            send()
+        return result
+
+    setattr(module, function, wrapped)
+
 
 KILLS = [
     ("before", "train_step", 2),        # in the middle of the first epoch: no checkpoint yet
@@ -285,11 +319,9 @@ def test_a_run_killed_at_any_moment_ends_bit_identical(train, small_npz, tmp_pat
     status, _, err = train(*flags, out=tmp_path / "whole", epochs=4)
     assert status == 0, err
     cut = tmp_path / "cut"
-    for where, function, number in KILLS:
-        argv = ["train_pgdat.py", *TINY, "--dataset", small_npz, "--epochs", 4, "--out", cut, "--resume", *flags]
-        code = KILLER.format(root=str(ROOT), where=where, function=function, number=number, argv=[str(a) for a in argv])
-        done = spawn(sys.executable, "-c", code)
-        assert done.returncode == -signal.SIGKILL, (where, function, number, done.stdout, done.stderr)
+    argv = [*TINY, "--dataset", small_npz, "--epochs", 4, "--out", cut, "--resume", *flags]
+    for (status, output), kill in zip(train_with_signals(tmp_path, *((argv, *kill, int(signal.SIGKILL)) for kill in KILLS)), KILLS, strict=True):
+        assert status == -signal.SIGKILL, (kill, output)
     status, out, err = train(*flags, "--resume", out=cut, epochs=4)
     assert status == 0, err
 
@@ -300,6 +332,28 @@ def test_a_run_killed_at_any_moment_ends_bit_identical(train, small_npz, tmp_pat
     before = (cut / "last.pt").read_bytes()
     status, out, err = train(*flags, "--resume", out=cut, epochs=4)  # finished: says so, and trains no more
     assert status == 0 and "has finished" in out and (cut / "last.pt").read_bytes() == before
+
+
+def test_a_signal_stops_a_run_at_the_next_step_and_it_goes_on_from_there(train, small_npz, tmp_path):
+    flags = ("--bn-mode", "eval", "--warmup-eps", 1, "--steps", 3)
+    status, _, err = train(*flags, out=tmp_path / "whole", epochs=3)
+    assert status == 0, err
+    cut, steps = tmp_path / "cut", 2  # 96 images
+    argv = [*TINY, "--dataset", small_npz, "--epochs", 3, "--out", cut, "--resume", *flags]
+    first, second, third = train_with_signals(
+        tmp_path,
+        (argv, "before", "train_step", 1, int(signal.SIGTERM)),  # the step under way is finished
+        (argv, "after", "train_step", 2, int(signal.SIGINT)),    # its second: one of the first epoch was left to it
+        (argv, "after", "pgd", 1, int(signal.SIGTERM)))          # in the test at the end of the second epoch
+    assert first[0] == 143 and "stopped by SIGTERM after 1 steps of epoch 1;" in first[1], first[1]
+    assert second[0] == 130 and "stopped by SIGINT after 1 steps of epoch 2;" in second[1], second[1]
+    assert third[0] == 143 and f"stopped by SIGTERM after {steps} steps of epoch 2;" in third[1], third[1]
+    assert (cut / "interrupted.pt").exists()
+    status, out, err = train(*flags, "--resume", out=cut, epochs=3)
+    assert status == 0 and f"going on with {cut} after epoch 1, step {steps}" in out, err
+    a, b = (utils.load_checkpoint(tmp_path / d / "last.pt") for d in ("whole", "cut"))
+    assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
+    assert without_times(log(cut)) == without_times(log(tmp_path / "whole")) and not (cut / "interrupted.pt").exists()
 
 
 def test_resume_with_other_arguments_is_refused(train, tmp_path):

@@ -18,14 +18,15 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import models
 from utils import (
-    OPTIMIZERS, SCHEDULES, InputError, Meter, Parser, attack_mode, batches, dataset_size, fraction, hold_out, load_dataset,
-    make_forward, make_optimizer, number, open_run, percent, pgd, pgd_evaluate, pick_device, random_start, resolve,
-    restore, run_folder, run_script, save_epoch, schedule, seeded, set_precision, show_epoch, show_setting,
-    smoothed_cross_entropy, stop_diverged, trim_log, without_effect,
+    OPTIMIZERS, SCHEDULES, InputError, Meter, Parser, Stopped, attack_mode, average_gradients, batches, catch_signals,
+    dataset_size, evaluation_batch, fraction, hold_out, join_processes, load_dataset, make_forward, make_optimizer, number,
+    open_run, percent, pgd, pgd_evaluate, pick_device, progress_bar, random_start, rank, replayed, resolve, restore,
+    run_folder, run_script, save_epoch, save_step, schedule, seeded, set_precision, share_statistics, show_epoch,
+    show_progress, show_setting, smoothed_cross_entropy, split_model, stop_diverged, stop_if_asked, stop_interrupted, trim_log, without_effect,
+    world,
 )
 
 NORMALIZE = models.CIFAR_NORMALIZE  # inside the model, so that the attack lives in [0, 1]
@@ -96,22 +97,30 @@ def parse_args(argv=None):
     return resolve(p, args, "pgdat")
 
 
-def adversarial(model, forward, x, y, eps, args, epoch, noise):
-    """The images (B, 3, 32, 32) that a step trains on: x under PGD, or x itself with --attack none."""
-    if args.attack == "none":
-        return x
-    tolerance = None if args.early_stop_pgd is None else 1 + sum(epoch >= e for e in args.early_stop_pgd)
-    with attack_mode(model, args.bn_mode):
-        x_adv = pgd(forward, x, y, random_start(x, eps, noise), eps, args.alpha, args.steps, tolerance=tolerance)
-        if args.bn_mode == "train":
-            with torch.no_grad():  # the authors' attack ends by computing its loss: one more move of the running statistics
-                forward(x_adv)
-    return x_adv
+def make_attack(model, forward, args):
+    """attack(x, y, eps, epoch, noise): the images (B, 3, 32, 32) to train on, x under PGD; x itself with --attack none."""
+    def iterate(x, y, start, eps, tolerance=None):
+        with attack_mode(model, args.bn_mode):
+            x_adv = pgd(forward, x, y, start, eps, args.alpha, args.steps, tolerance=tolerance)
+            if args.bn_mode == "train":
+                with torch.no_grad():  # the authors' attack ends by computing its loss: one more move of the running statistics
+                    forward(x_adv)
+        return x_adv
+
+    fixed_length = replayed(iterate, model, args.compile)
+
+    def attack(x, y, eps, epoch, noise):
+        if args.attack == "none":
+            return x
+        start = random_start(x, eps, noise)
+        if args.early_stop_pgd is None:
+            return fixed_length(x, y, start, eps)
+        return iterate(x, y, start, eps, tolerance=1 + sum(epoch >= e for e in args.early_stop_pgd))
+    return attack
 
 
-def train_step(model, forward, optimizer, x, y, eps, args, epoch, noise):
+def train_step(model, forward, optimizer, x, x_adv, y, args):
     """One update. Returns the loss () and the logits (B, K) of the training images and, or None, of the clean ones."""
-    x_adv = adversarial(model, forward, x, y, eps, args, epoch, noise)
     clean_passes = args.bn_clean_passes if args.attack == "pgd" else 0
     clean_logits = None
 
@@ -119,6 +128,7 @@ def train_step(model, forward, optimizer, x, y, eps, args, epoch, noise):
     loss = smoothed_cross_entropy(logits, y, args.ls)
     optimizer.zero_grad()
     loss.backward()
+    average_gradients(model, len(y))
     # The authors' clean passes exist to log clean accuracy, but they run in train mode: with --bn-mode eval two of every
     # three updates of the running statistics, which attack and test depend on, are clean. They need no gradient.
     if clean_passes == 2:
@@ -128,26 +138,25 @@ def train_step(model, forward, optimizer, x, y, eps, args, epoch, noise):
     if clean_passes >= 1:
         with torch.no_grad():
             clean_logits = forward(x)
+    share_statistics(model)
     return loss.detach(), logits.detach(), clean_logits
 
 
-def train_epoch(model, forward, optimizer, images, labels, args, epoch):
-    """One pass over the training images (N, 32, 32, 3). Returns the epoch's part of its log line."""
+def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch, meter):
+    """One pass over the training images (N, 32, 32, 3), or what is left of it after meter.steps. Returns the epoch's part of its log line."""
     device, steps = images.device, math.ceil(len(labels) / args.batch_size)
-    meter = Meter(device)
     model.train()
     order = seeded(device, args.seed, "data", epoch)
-    with tqdm(total=len(labels), desc=f"epoch {epoch + 1}/{args.epochs}", unit=" img", leave=False, disable=None) as bar:
-        for step, (x, y) in enumerate(batches(images, labels, args.batch_size, order, padding="reflect")):
-            lr, eps = schedule(epoch + step / steps, args)
+    with progress_bar(len(labels), f"epoch {epoch + 1}/{args.epochs}", meter.steps * args.batch_size) as bar:
+        for x, y in batches(images, labels, args.batch_size, order, padding="reflect", start=meter.steps):
+            lr, eps = schedule(epoch + meter.steps / steps, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            noise = seeded(device, args.seed, "attack", epoch, step)
-            loss, logits, clean_logits = train_step(model, forward, optimizer, x, y, eps, args, epoch, noise)
-            meter.add(step, loss, y, logits, clean_logits)
-            if bar.update(len(y)) or step % 50 == 49:  # not at every step: reading waits for the device
-                mean_loss, adv_acc, _ = meter.read()
-                bar.set_postfix_str(f"loss {mean_loss:.3f}, adv acc {adv_acc:.1f} %", refresh=False)
+            x_adv = attack(x, y, eps, epoch, noise=seeded(device, args.seed, "attack", epoch, meter.steps, rank()))
+            loss, logits, clean_logits = train_step(model, forward, optimizer, x, x_adv, y, args)
+            meter.add(loss, y, logits, clean_logits)
+            show_progress(bar, args.batch_size, meter)
+            stop_if_asked()
     mean_loss, adv_acc, clean_acc = meter.read()
     if not all(v.isfinite().all() for v in model.state_dict().values()):
         raise FloatingPointError(steps - 1)
@@ -155,20 +164,24 @@ def train_epoch(model, forward, optimizer, images, labels, args, epoch):
         adv_acc, clean_acc = None, adv_acc  # what was trained on was clean
     elif args.bn_clean_passes == 0:
         clean_acc = None
+    lr, eps = schedule(epoch + (steps - 1) / steps, args)
     return {"lr": lr, "eps": eps, "train_loss": mean_loss, "train_adv_acc": adv_acc, "train_clean_acc": clean_acc}
 
 
 def test(model, forward, images, labels, args, epoch, prefix):
     """{prefix_clean, prefix_pgd10}: accuracies in per cent; PGD-10 is not computed, and None, with --attack none."""
-    with attack_mode(model, "eval"):  # twice the training batch takes about the memory of a training step
+    with attack_mode(model, "eval"):
         clean, robust, _ = pgd_evaluate(forward, images, labels, eps=args.eps, seed=(args.seed, epoch),
-                                        batch_size=2 * args.batch_size, restarts=1 if args.attack == "pgd" else 0)
+                                        batch_size=evaluation_batch(forward, images.device),
+                                        restarts=1 if args.attack == "pgd" else 0,
+                                        progress=lambda images: world() > 1 or stop_if_asked())
     return {f"{prefix}_clean": percent(clean), f"{prefix}_pgd10": percent(robust) if args.attack == "pgd" else None}
 
 
 def main():
     args = parse_args()
     device = pick_device(args.device)
+    join_processes(device)
     args.precision = set_precision(args.precision, device)
     if args.dry_run:
         n_train, n_test, num_classes = dataset_size(args.dataset, args.data_dir)
@@ -185,8 +198,10 @@ def main():
     show_setting(args, model, n_train, n_test)
     if args.dry_run:
         return
+    model = split_model(model, device, n_train, args.batch_size)
     model.to(device, memory_format=torch.channels_last)
     forward = make_forward(model, args.precision, args.compile)
+    attack = make_attack(model, forward, args)
     optimizer = make_optimizer(model, args.optimizer, args.lr, args.wd, args.momentum)
     train, val = hold_out(data.train_images, data.train_labels, args.val)
     splits = {"val": val} if args.val else {}
@@ -197,26 +212,35 @@ def main():
     out = Path(args.out)
     with run_folder(out):
         checkpoint = open_run(out, args, data.sha256, device)
-        done, best = restore(checkpoint, model, optimizer, out) if checkpoint else (0, None)
+        meter = Meter(device)
+        done, best = restore(checkpoint, model, optimizer, meter, out)
         trim_log(out / "log.jsonl", done)
-        if done:
-            print(f"{out} has finished" if done == args.epochs else f"going on with {out} after epoch {done}")
+        if checkpoint or meter.steps:
+            print(f"{out} has finished" if done == args.epochs else
+                  f"going on with {out} after epoch {done}" + (f", step {meter.steps}" if meter.steps else ""))
         if done < args.epochs:
             show_epoch(None, select, args.epochs, False, None)
+        about = {"args": vars(args), "num_classes": num_classes, "normalize": NORMALIZE}
+        catch_signals()
         started = time.time()
         for epoch in range(done, args.epochs):
-            epoch_started = time.time()
+            epoch_started = time.time() - meter.seconds
             try:
-                entry = {"epoch": epoch + 1, **train_epoch(model, forward, optimizer, *train, args, epoch)}
+                entry = {"epoch": epoch + 1, **train_epoch(model, forward, attack, optimizer, *train, args, epoch, meter)}
+                if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+                    for split, (images, labels) in splits.items():
+                        entry |= test(model, forward, images, labels, args, epoch, split)
+                    if best is None or entry[measure] > best[measure]:
+                        best = entry
             except FloatingPointError as e:
                 stop_diverged(e.args[0], epoch, math.ceil(n_train / args.batch_size), args)
-            if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-                for split, (images, labels) in splits.items():
-                    entry |= test(model, forward, images, labels, args, epoch, split)
-                if best is None or entry[measure] > best[measure]:
-                    best = entry
+            except Stopped as e:
+                meter.seconds = time.time() - epoch_started
+                save_step(out, epoch, meter, model, optimizer, about)
+                stop_interrupted(e.args[0], epoch, meter.steps, args)
             entry["seconds"] = round(time.time() - epoch_started, 2)
-            save_epoch(out, entry, best, model, optimizer, {"args": vars(args), "num_classes": num_classes, "normalize": NORMALIZE})
+            save_epoch(out, entry, best, model, optimizer, about)
+            meter = Meter(device)
             per_epoch = (time.time() - started) / (epoch + 1 - done)
             show_epoch(entry, select, args.epochs, best is entry, per_epoch * (args.epochs - epoch - 1))
 

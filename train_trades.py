@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import models
 from utils import (
-    OPTIMIZERS, SCHEDULES, InputError, Meter, Parser, attack_mode, batches, dataset_size, fraction, hold_out, linf_step,
-    load_dataset, make_forward, make_optimizer, number, open_run, percent, pgd_evaluate, pick_device, resolve, restore,
-    run_folder, run_script, save_epoch, schedule, seeded, set_precision, show_epoch, show_setting, stop_diverged, trim_log,
+    OPTIMIZERS, SCHEDULES, InputError, Meter, Parser, Stopped, attack_mode, average_gradients, batches, catch_signals,
+    dataset_size, evaluation_batch, fraction, hold_out, join_processes, linf_step, load_dataset, make_forward,
+    make_optimizer, number, open_run, percent, pgd_evaluate, pick_device, progress_bar, rank, replayed, resolve, restore,
+    run_folder, run_script, save_epoch, save_step, schedule, seeded, set_precision, share_statistics, show_epoch,
+    show_progress, show_setting, split_model, stop_diverged, stop_if_asked, stop_interrupted, trim_log, world,
 )
 
 NORMALIZE = None  # TRADES takes images in [0, 1] as they are
@@ -91,13 +92,13 @@ def divergence(log_p, log_q):
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
-def trades_attack(model, forward, x, eps, args, noise):
-    """x' (B, 3, 32, 32): steps of alpha up the gradient of KL(f(x) || f(x')), from x + 0.001 N(0, 1).
+def trades_attack(model, forward, x, start, eps, args):
+    """x' (B, 3, 32, 32): steps of alpha from `start` up the gradient of KL(f(x) || f(x')).
 
     f(x) does not change meanwhile, so with --bn-mode eval it is computed once. The reference makes a natural forward at
     every step, after the adversarial one; with --bn-mode train these move the running statistics, and are kept for that.
     """
-    x_adv = x + 0.001 * torch.empty_like(x).normal_(generator=noise)
+    x_adv = start
     with attack_mode(model, args.bn_mode):
         with torch.no_grad():
             log_p = F.log_softmax(forward(x), dim=1) if args.bn_mode == "eval" else None
@@ -112,57 +113,68 @@ def trades_attack(model, forward, x, eps, args, noise):
     return x_adv
 
 
+def make_attack(model, forward, args):
+    """attack(x, eps, noise): trades_attack from x + 0.001 N(0, 1)."""
+    iterate = replayed(lambda x, start, eps: trades_attack(model, forward, x, start, eps, args), model, args.compile)
+
+    def attack(x, eps, noise):
+        return iterate(x, x + 0.001 * torch.empty_like(x).normal_(generator=noise), eps)
+    return attack
+
+
 def trades_loss(natural, adversarial, y, beta):
     """CE(f(x), y) + beta * mean KL(f(x) || f(x')) of logits (B, K); the gradient flows through both (Zhang et al., Eq. 5)."""
     robust = divergence(F.log_softmax(natural, dim=1), F.log_softmax(adversarial, dim=1)) / len(y)
     return F.cross_entropy(natural, y) + beta * robust
 
 
-def train_step(model, forward, optimizer, x, y, eps, args, noise):
+def train_step(model, forward, optimizer, x, x_adv, y, args):
     """One update. Returns the loss () and the logits (B, K) of the adversarial and of the natural images."""
-    x_adv = trades_attack(model, forward, x, eps, args, noise)
     natural, adversarial = forward(x), forward(x_adv)  # in this order: both move the running statistics
     loss = trades_loss(natural, adversarial, y, args.beta)
     optimizer.zero_grad()
     loss.backward()
+    average_gradients(model, len(y))
     optimizer.step()
+    share_statistics(model)
     return loss.detach(), adversarial.detach(), natural.detach()
 
 
-def train_epoch(model, forward, optimizer, images, labels, args, epoch):
-    """One pass over the training images (N, 32, 32, 3). Returns the epoch's part of its log line."""
+def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch, meter):
+    """One pass over the training images (N, 32, 32, 3), or what is left of it after meter.steps. Returns the epoch's part of its log line."""
     device, steps = images.device, math.ceil(len(labels) / args.batch_size)
-    meter = Meter(device)
     model.train()
     order = seeded(device, args.seed, "data", epoch)
-    with tqdm(total=len(labels), desc=f"epoch {epoch + 1}/{args.epochs}", unit=" img", leave=False, disable=None) as bar:
-        for step, (x, y) in enumerate(batches(images, labels, args.batch_size, order, padding="zero")):
-            lr, eps = schedule(epoch + step / steps, args)
+    with progress_bar(len(labels), f"epoch {epoch + 1}/{args.epochs}", meter.steps * args.batch_size) as bar:
+        for x, y in batches(images, labels, args.batch_size, order, padding="zero", start=meter.steps):
+            lr, eps = schedule(epoch + meter.steps / steps, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            noise = seeded(device, args.seed, "attack", epoch, step)
-            loss, logits, clean_logits = train_step(model, forward, optimizer, x, y, eps, args, noise)
-            meter.add(step, loss, y, logits, clean_logits)
-            if bar.update(len(y)) or step % 50 == 49:  # not at every step: reading waits for the device
-                mean_loss, adv_acc, _ = meter.read()
-                bar.set_postfix_str(f"loss {mean_loss:.3f}, adv acc {adv_acc:.1f} %", refresh=False)
+            x_adv = attack(x, eps, noise=seeded(device, args.seed, "attack", epoch, meter.steps, rank()))
+            loss, logits, clean_logits = train_step(model, forward, optimizer, x, x_adv, y, args)
+            meter.add(loss, y, logits, clean_logits)
+            show_progress(bar, args.batch_size, meter)
+            stop_if_asked()
     mean_loss, adv_acc, clean_acc = meter.read()
     if not all(v.isfinite().all() for v in model.state_dict().values()):
         raise FloatingPointError(steps - 1)
+    lr, eps = schedule(epoch + (steps - 1) / steps, args)
     return {"lr": lr, "eps": eps, "train_loss": mean_loss, "train_adv_acc": adv_acc, "train_clean_acc": clean_acc}
 
 
 def test(model, forward, images, labels, args, epoch, prefix):
     """{prefix_clean, prefix_pgd10}: accuracies in per cent, under PGD-10 with steps of 2/255 whatever the training's."""
-    with attack_mode(model, "eval"):  # twice the training batch takes about the memory of a training step
+    with attack_mode(model, "eval"):
         clean, robust, _ = pgd_evaluate(forward, images, labels, eps=args.eps, seed=(args.seed, epoch),
-                                        batch_size=2 * args.batch_size)
+                                        batch_size=evaluation_batch(forward, images.device),
+                                        progress=lambda images: world() > 1 or stop_if_asked())
     return {f"{prefix}_clean": percent(clean), f"{prefix}_pgd10": percent(robust)}
 
 
 def main():
     args = parse_args()
     device = pick_device(args.device)
+    join_processes(device)
     args.precision = set_precision(args.precision, device)
     if args.dry_run:
         n_train, n_test, num_classes = dataset_size(args.dataset, args.data_dir)
@@ -179,8 +191,10 @@ def main():
     show_setting(args, model, n_train, n_test)
     if args.dry_run:
         return
+    model = split_model(model, device, n_train, args.batch_size)
     model.to(device, memory_format=torch.channels_last)
     forward = make_forward(model, args.precision, args.compile)
+    attack = make_attack(model, forward, args)
     optimizer = make_optimizer(model, args.optimizer, args.lr, args.wd, args.momentum)
     train, val = hold_out(data.train_images, data.train_labels, args.val)
     splits = {"val": val} if args.val else {}
@@ -190,26 +204,35 @@ def main():
     out = Path(args.out)
     with run_folder(out):
         checkpoint = open_run(out, args, data.sha256, device)
-        done, best = restore(checkpoint, model, optimizer, out) if checkpoint else (0, None)
+        meter = Meter(device)
+        done, best = restore(checkpoint, model, optimizer, meter, out)
         trim_log(out / "log.jsonl", done)
-        if done:
-            print(f"{out} has finished" if done == args.epochs else f"going on with {out} after epoch {done}")
+        if checkpoint or meter.steps:
+            print(f"{out} has finished" if done == args.epochs else
+                  f"going on with {out} after epoch {done}" + (f", step {meter.steps}" if meter.steps else ""))
         if done < args.epochs:
             show_epoch(None, select, args.epochs, False, None)
+        about = {"args": vars(args), "num_classes": num_classes, "normalize": NORMALIZE}
+        catch_signals()
         started = time.time()
         for epoch in range(done, args.epochs):
-            epoch_started = time.time()
+            epoch_started = time.time() - meter.seconds
             try:
-                entry = {"epoch": epoch + 1, **train_epoch(model, forward, optimizer, *train, args, epoch)}
+                entry = {"epoch": epoch + 1, **train_epoch(model, forward, attack, optimizer, *train, args, epoch, meter)}
+                if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+                    for split, (images, labels) in splits.items():
+                        entry |= test(model, forward, images, labels, args, epoch, split)
+                    if best is None or entry[f"{select}_pgd10"] > best[f"{select}_pgd10"]:
+                        best = entry
             except FloatingPointError as e:
                 stop_diverged(e.args[0], epoch, math.ceil(n_train / args.batch_size), args)
-            if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-                for split, (images, labels) in splits.items():
-                    entry |= test(model, forward, images, labels, args, epoch, split)
-                if best is None or entry[f"{select}_pgd10"] > best[f"{select}_pgd10"]:
-                    best = entry
+            except Stopped as e:
+                meter.seconds = time.time() - epoch_started
+                save_step(out, epoch, meter, model, optimizer, about)
+                stop_interrupted(e.args[0], epoch, meter.steps, args)
             entry["seconds"] = round(time.time() - epoch_started, 2)
-            save_epoch(out, entry, best, model, optimizer, {"args": vars(args), "num_classes": num_classes, "normalize": NORMALIZE})
+            save_epoch(out, entry, best, model, optimizer, about)
+            meter = Meter(device)
             per_epoch = (time.time() - started) / (epoch + 1 - done)
             show_epoch(entry, select, args.epochs, best is entry, per_epoch * (args.epochs - epoch - 1))
 

@@ -8,6 +8,9 @@ Normalisation lives inside the model. `forward` is any callable from x to logits
 
 Every random number of a run is drawn from a generator seeded by (seed, what it is for, epoch, step). So a run can be
 resumed anywhere without saving a generator's state, and nothing that one trick draws moves what another one sees.
+
+Under torchrun every process runs the same script: it holds all the data, works on its share of every batch, and only the
+first one writes.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import os
 import pickle
 import platform
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,8 +31,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 
@@ -87,6 +93,9 @@ def load_dataset(name_or_path, data_dir="data", device="cpu"):
     The .npz holds train_images (N, 32, 32, 3) uint8, train_labels (N,) integers from 0, test_images, test_labels.
     Raises InputError if it does not, or cannot be read.
     """
+    if rank() == 0:
+        dataset_path(name_or_path, data_dir)  # fetched once, not by every process
+    barrier()
     path = dataset_path(name_or_path, data_dir)
     arrays = read_npz(path)
     digest = hashlib.sha256()
@@ -165,18 +174,20 @@ def crop_flip(images, top, left, flip, padding):
     return out * inside[..., None] if padding == "zero" else out
 
 
-def batches(images, labels, batch_size, generator, padding):
-    """One epoch in random order: yields augmented x (B, 3, 32, 32), y (B,). The last, smaller batch is kept.
+def batches(images, labels, batch_size, generator, padding, start=0):
+    """One epoch in random order, from batch `start` on: yields augmented x (B, 3, 32, 32), y (B,). The last, smaller batch is kept.
 
-    Every image gets its own crop and flip. All draws are made at the start of the epoch, on the device.
+    Every image gets its own crop and flip. All draws are made at the start of the epoch, on the device. Under torchrun
+    a batch is dealt out to the processes, and each gets its share.
     """
     n, device = len(images), images.device
     order = torch.randperm(n, generator=generator, device=device)
     offset = torch.randint(9, (2, n), generator=generator, device=device)
     flip = torch.randint(2, (n,), generator=generator, device=device).bool()
-    for i in range(0, n, batch_size):
-        index, s = order[i : i + batch_size], slice(i, i + batch_size)
-        yield to_float(crop_flip(images[index], offset[0, s], offset[1, s], flip[s], padding)), labels[index]
+    for i in range(start * batch_size, n, batch_size):
+        share = slice(i + rank(), min(i + batch_size, n), world())
+        index = order[share]
+        yield to_float(crop_flip(images[index], offset[0, share], offset[1, share], flip[share], padding)), labels[index]
 
 
 def seeded(device, *key):
@@ -239,7 +250,7 @@ def pgd(forward, x, y, start, eps, alpha, steps, loss=F.cross_entropy, tolerance
         if tolerance is not None:
             tolerance = tolerance - (logits.argmax(1) != y).int()
             moving = tolerance > 0
-            if not moving.any():
+            if not max_over_ranks(moving.any()):  # with synchronised BN no process may stop before the others
                 break
         grad, = torch.autograd.grad(loss(logits, y, reduction="sum"), x_adv)
         with torch.no_grad():
@@ -260,25 +271,95 @@ def pgd_evaluate(forward, images, labels, *, eps, alpha=2 / 255, steps=10, resta
     The defaults are the paper's PGD-10; restarts=0 is clean accuracy alone. images (N, 32, 32, 3) uint8. `last`: the
     last iterate of every restart is classified right (robust_overfitting's count, which selected the paper's
     checkpoints). `any`: every iterate of every restart is, the random start included. Run it inside
-    attack_mode(model, "eval"). progress: called with the number of images done.
+    attack_mode(model, "eval"). Random starts belong to the images, whatever the batch size. progress: called with the
+    number of images done, N in all for each restart. Under torchrun the batches are dealt out to the processes, and all
+    return everything.
     """
-    parts = []
-    for i in range(0, len(images), batch_size):
-        x, y = to_float(images[i : i + batch_size]), labels[i : i + batch_size]
+    n, device = len(images), images.device
+    mine = [slice(i, i + batch_size) for i in range(rank() * batch_size, n, world() * batch_size)]
+    clean, last, always = flags = torch.zeros(3, n, dtype=torch.int32, device=device)  # sums over processes need a number
+    for batch in mine:
         with torch.no_grad():
-            clean = classified_right(forward(x), y)
-        last, fooled = torch.ones_like(clean), torch.zeros_like(clean)
-        for restart in range(restarts):
-            start = random_start(x, eps, seeded(x.device, seed, "evaluation", restart, i))
+            clean[batch] = classified_right(forward(to_float(images[batch])), labels[batch]).int()
+        last[batch] = always[batch] = 1
+    for restart in range(restarts):
+        noise = torch.empty(images.shape, device=device)
+        noise.uniform_(-eps, eps, generator=seeded(device, seed, "evaluation", restart))
+        for batch in mine:
+            x, y = to_float(images[batch]), labels[batch]
+            start = (x + noise[batch].permute(0, 3, 1, 2)).clamp_(0, 1)
+            fooled = always[batch] == 0
             x_adv = pgd(forward, x, y, start, eps, alpha, steps, loss, fooled=fooled)
             with torch.no_grad():
                 right = classified_right(forward(x_adv), y)
-            last &= right
-            fooled |= ~right
-        parts.append((clean, last, ~fooled))
-        if progress is not None:
-            progress(len(x))
-    return tuple(torch.cat(p) for p in zip(*parts))
+            last[batch] *= right
+            always[batch] = (~fooled & right).int()
+            if progress is not None:
+                progress(min(world() * batch_size, n - batch.start))
+    return tuple(sum_over_ranks(flags).bool())
+
+
+def evaluation_batch(forward, device, at_most=1000):
+    """How many images to evaluate at once: what half of the GPU's free memory takes, in steps of 50; 250 on the CPU.
+
+    Run it inside attack_mode(model, "eval"). Under torchrun, the least of the processes' figures.
+    """
+    if device.type != "cuda":
+        return min(250, at_most)
+    x = torch.zeros(50, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    torch.autograd.grad(forward(x).sum(), x)  # allocates what stays allocated
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    torch.autograd.grad(forward(x).sum(), x)
+    needed = max(torch.cuda.max_memory_allocated(device) - before, 1)  # bytes for 50 images
+    reusable = torch.cuda.memory_reserved(device) - before
+    fits = (torch.cuda.mem_get_info(device)[0] + reusable) // (2 * needed)
+    return -int(max_over_ranks(torch.tensor(-min(at_most, 50 * max(fits, 1)))))
+
+
+class Graphed:
+    """A function of CUDA tensors, replayed from a CUDA graph: one launch instead of the thousands of an attack.
+
+    function: its work may depend on its inputs' shapes, not on their values; it returns one tensor and may move the
+    model's buffers (running statistics), but nothing else. A graph is captured for each combination of shapes. Of the
+    inputs, the first is a tensor; numbers become tensors, since a graph would keep them for ever.
+    """
+
+    def __init__(self, function, model):
+        self.function, self.model = function, model
+        self.pool, self.graphs = torch.cuda.graph_pool_handle(), {}
+
+    def __call__(self, *inputs):
+        inputs = [x if isinstance(x, Tensor) else torch.full((), x, device=inputs[0].device) for x in inputs]
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in self.graphs:
+            self.graphs[shapes] = self.capture(inputs)
+        graph, static, output = self.graphs[shapes]
+        for to, x in zip(static, inputs):
+            to.copy_(x)
+        graph.replay()
+        return output.clone()  # the graphs share their memory
+
+    def capture(self, inputs):
+        static = [x.clone() for x in inputs]
+        before = [b.clone() for b in self.model.buffers()]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # compiles, chooses algorithms, allocates: none of it may happen while capturing
+                self.function(*static)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            output = self.function(*static)
+        for b, value in zip(self.model.buffers(), before):
+            b.copy_(value)  # as if it had not been run to warm up
+        return graph, static, output
+
+
+def replayed(function, model, compile):
+    """The function itself, or, of a model on CUDA that is compiled, Graphed."""
+    return Graphed(function, model) if compile and next(model.parameters()).is_cuda else function
 
 
 def percent(flags):
@@ -465,8 +546,10 @@ def fraction_text(value):
 
 def run_script(main):
     """Runs main(); bad input and files that cannot be used become one line on stderr and exit status 2, Ctrl-C 130."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell script's background job would ignore it
     try:
         main()
+        barrier()  # no process leaves while another still needs it
     except (InputError, OSError) as e:
         message = str(e) if isinstance(e, InputError) or not e.filename else f"{e.filename}: {e.strerror}"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
@@ -474,6 +557,9 @@ def run_script(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def pick_device(name):
@@ -482,6 +568,10 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise InputError(f"device {name!r} is not auto, cpu, cuda or cuda:N")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and name != "cpu":
+        if name != "cuda":
+            raise InputError(f"--device {name}: under torchrun every process takes a GPU of its own, give --device cuda or none")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -515,7 +605,7 @@ def make_forward(model, precision="fp32", compile=False):
     net = model
     if compile:
         # One graph for each of: attack (frozen, train or eval), update, clean pass, test; times the batch sizes.
-        torch._dynamo.config.recompile_limit = 32
+        torch._dynamo.config.recompile_limit = 64
         try:
             torch.compile(torch.neg)(torch.ones(2, device=device))
         except Exception as e:  # inductor raises whatever its toolchain raises
@@ -529,12 +619,123 @@ def make_forward(model, precision="fp32", compile=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Processes and signals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def join_processes(device):
+    """Under `torchrun --nproc_per_node=N`, joins the N processes; of these only the first prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def rank():
+    """Which of torchrun's processes this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes torchrun started; 1 without it."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    """Waits until all processes are here."""
+    max_over_ranks(torch.zeros(1))
+
+
+def sum_over_ranks(tensor):
+    """The tensor's sum over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def max_over_ranks(flag):
+    """The largest of the processes' numbers (), waiting for all of them; as a Python number."""
+    if not dist.is_initialized():
+        return flag.item()
+    largest = flag.detach().float().reshape(1)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def split_model(model, device, n_train, batch_size):
+    """The model for a batch that is split over the processes: with synchronised batch norm, which torch has on CUDA only.
+
+    On the CPU each process normalises by its own share, and running statistics are the first process's, as under
+    DataParallel, with which the paper's authors trained. Raises InputError if a batch has fewer images than processes.
+    """
+    smallest = n_train % batch_size or batch_size
+    if smallest < world():
+        raise InputError(f"{world()} processes cannot share a batch of {smallest} (the last of an epoch): choose another --batch-size")
+    if world() == 1:
+        return model
+    if device.type == "cuda":
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    print(f"note: {world()} processes on the CPU: batch norm is not synchronised, each normalises by its own {batch_size // world()} images")
+    return model
+
+
+def average_gradients(model, images):
+    """Under torchrun: every gradient becomes that of the mean loss over the whole batch, of which `images` are here."""
+    if not dist.is_initialized():
+        return
+    grads = [p.grad for p in model.parameters()]
+    flat = torch.cat([g.flatten() for g in grads] + [grads[0].new_ones(1)]) * images
+    dist.all_reduce(flat)
+    for g, mean in zip(grads, (flat[:-1] / flat[-1]).split([g.numel() for g in grads])):
+        g.copy_(mean.view(g.shape))
+
+
+def share_statistics(model):
+    """Under torchrun on the CPU: all processes go on with the first one's running statistics."""
+    if dist.is_initialized() and not any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules()):
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT has asked to stop; args[0] is its number."""
+
+
+_asked = []  # the signals that have arrived
+
+
+def catch_signals():
+    """From now on SIGTERM and SIGINT only leave a note, for stop_if_asked; a second Ctrl-C ends a single process at once."""
+    def note(number, frame):
+        if number == signal.SIGINT and number in _asked and world() == 1:
+            raise KeyboardInterrupt
+        _asked.append(number)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+
+
+def stop_if_asked():
+    """Raises Stopped if a signal has arrived, at any of the processes: all of them stop at the same step."""
+    number = int(max_over_ranks(torch.tensor(_asked[0] if _asked else 0)))
+    if number:
+        raise Stopped(number)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Runs and checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path, write):
-    """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it: whole or not at all."""
+    """Calls write(file) on a temporary file beside path, flushes it to the disk and renames it: whole or not at all.
+
+    Under torchrun only the first process writes.
+    """
+    if rank() > 0:
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as f:
@@ -632,12 +833,20 @@ def environment(device):
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                      "cuda": torch.version.cuda if device.type == "cuda" else None},
         "device": name,
+        "processes": world(),
     }
 
 
 @contextlib.contextmanager
 def run_folder(out, lock=".lock"):
-    """Makes the folder and holds a lock in it while open; a killed process frees it. Raises InputError if another has it."""
+    """Makes the folder and holds a lock in it while open; a killed process frees it. Raises InputError if another has it.
+
+    Under torchrun the first process holds it, and the others wait for that.
+    """
+    if rank() > 0:
+        barrier()
+        yield
+        return
     out.mkdir(parents=True, exist_ok=True)
     with open(out / lock, "w") as f:
         try:
@@ -646,6 +855,7 @@ def run_folder(out, lock=".lock"):
             raise InputError(f"another process is working in {out}") from None
         except OSError as e:
             raise InputError(f"the file system of {out} has no locks ({e.strerror}): choose an --out elsewhere") from None
+        barrier()
         yield
 
 
@@ -673,12 +883,16 @@ def open_run(out, args, data_sha256, device):
     other arguments or data.
     """
     record, last = out / "args.json", out / "last.pt"
+    if rank() > 0:
+        barrier()  # the first process checks everything
+        return load_checkpoint(last) if last.exists() else None
     now = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], **environment(device)}
     if not record.exists():
-        remains = [f for f in ("last.pt", "best.pt", "log.jsonl") if (out / f).exists()]
+        remains = [f for f in ("last.pt", "best.pt", "interrupted.pt", "log.jsonl") if (out / f).exists()]
         if remains:
             raise InputError(f"{out} holds {remains[0]} but no args.json: choose another --out")
         write_json(record, {"args": vars(args), **now, "data_sha256": data_sha256, "resumed": []})
+        barrier()
         return None
     if not args.resume:
         raise InputError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
@@ -690,13 +904,12 @@ def open_run(out, args, data_sha256, device):
         differ.append("the data are other data")
     if differ:
         raise InputError(f"{out} was started with other arguments: {'; '.join(differ)}")
-    if not last.exists():
-        return None
-    checkpoint = load_checkpoint(last)
-    if "optimizer" not in checkpoint or differences(checkpoint["args"], vars(args)):
+    checkpoint = load_checkpoint(last) if last.exists() else None
+    if checkpoint and ("optimizer" not in checkpoint or differences(checkpoint["args"], vars(args))):
         raise InputError(f"{last} is not a checkpoint of this run")
-    before["resumed"].append({"epoch": checkpoint["epoch"], **now})
+    before["resumed"].append({"epoch": checkpoint["epoch"] if checkpoint else 0, **now})
     write_json(record, before)
+    barrier()
     return checkpoint
 
 
@@ -715,21 +928,40 @@ def trim_log(path, epoch):
 
 
 def append_log(path, entry):
-    """One JSON line, on the disk when this returns."""
+    """One JSON line, on the disk when this returns; under torchrun written by the first process only."""
+    if rank() > 0:
+        return
     with open(path, "a") as f:
         f.write(json.dumps(entry) + "\n")
         f.flush()
         os.fsync(f.fileno())
 
 
-def restore(checkpoint, model, optimizer, out):
-    """Puts a run's last.pt back into model and optimiser; returns (epochs done, log entry of the best epoch)."""
-    load_weights(model, checkpoint["state_dict"], out / "last.pt")
-    optimizer.load_state_dict(checkpoint.pop("optimizer"))
-    best = checkpoint.pop("best")
-    if best == checkpoint["log"]:
-        save_checkpoint(out / "best.pt", checkpoint)  # the run may have been killed just before
-    return checkpoint["epoch"], best
+def restore(checkpoint, model, optimizer, meter, out):
+    """Puts a run back where it was: last.pt's dict or None, and interrupted.pt, if that was written in the epoch after it.
+
+    Fills model, optimiser and meter. Returns (epochs done, log entry of the best epoch or None).
+    """
+    done, best = 0, None
+    if checkpoint:
+        load_weights(model, checkpoint["state_dict"], out / "last.pt")
+        optimizer.load_state_dict(checkpoint.pop("optimizer"))
+        done, best = checkpoint["epoch"], checkpoint.pop("best")
+        if best == checkpoint["log"]:
+            save_checkpoint(out / "best.pt", checkpoint)  # the run may have been killed just before
+    middle = load_checkpoint(out / "interrupted.pt") if (out / "interrupted.pt").exists() else {"epoch": None}
+    if middle["epoch"] == done:
+        load_weights(model, middle["state_dict"], out / "interrupted.pt")
+        optimizer.load_state_dict(middle["optimizer"])
+        meter.load_state(middle["meter"])
+    return done, best
+
+
+def save_step(out, epoch, meter, model, optimizer, about):
+    """Puts the middle of an epoch (counted from 0) on the disk as interrupted.pt, from which restore goes on at the very step."""
+    state = {k: v.cpu() for k, v in model.state_dict().items()}
+    save_checkpoint(out / "interrupted.pt", {"state_dict": state, "optimizer": optimizer.state_dict(), "epoch": epoch,
+                                             "meter": meter.state(), **about})
 
 
 def save_epoch(out, entry, best, model, optimizer, about):
@@ -745,6 +977,8 @@ def save_epoch(out, entry, best, model, optimizer, about):
     save_checkpoint(out / "last.pt", {**checkpoint, "optimizer": optimizer.state_dict(), "best": best})
     if best is entry:
         save_checkpoint(out / "best.pt", checkpoint)
+    if rank() == 0:
+        (out / "interrupted.pt").unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -791,32 +1025,64 @@ def stop_diverged(step, epoch, steps, args):
     sys.exit(f"{Path(sys.argv[0]).name}: stopped: loss or weights not finite at step {step} of epoch {epoch + 1}, lr {lr:g}; {good}")
 
 
+def stop_interrupted(number, epoch, steps, args):
+    """Ends the process as its signal would have, now that interrupted.pt is on the disk (steps into epoch, counted from 0)."""
+    print(f"stopped by {signal.Signals(number).name} after {steps} steps of epoch {epoch + 1}; to go on: the same command with --resume", flush=True)
+    barrier()  # torchrun ends all processes when one has ended
+    sys.exit(128 + number)
+
+
+def progress_bar(total, name, done=0):
+    """A tqdm bar over images; invisible if stderr is no terminal, and for all of torchrun's processes but the first."""
+    return tqdm(total=total, initial=done, desc=name, unit=" img", leave=False, mininterval=0.5, disable=True if rank() else None)
+
+
+def show_progress(bar, images, meter):
+    """Moves the bar on. Figures so far are shown with it, but not at every step: reading them waits for the device."""
+    due = bar.update(min(images, bar.total - bar.n)) and world() == 1
+    if due or meter.steps % 100 == 0:
+        loss, adv_acc, _ = meter.read()
+        bar.set_postfix_str(f"loss {loss:.3f}, adv acc {adv_acc:.1f} %", refresh=False)
+
+
 class Meter:
     """Sums over an epoch, kept on the device so that a training step never waits for the host."""
 
     def __init__(self, device):
-        self.sums = torch.zeros(3, device=device)          # loss, right on adversarial, right on clean images
+        self.steps = 0
+        self.seconds = 0.0                                 # that the epoch took before it was interrupted
+        self.sums = torch.zeros(4, device=device)          # loss, right on adversarial, right on clean images; images
         self.bad_step = torch.full((), -1, device=device)  # the first step whose loss was not finite
-        self.images = 0
 
     @torch.no_grad()
-    def add(self, step, loss, y, logits, clean_logits=None):
-        """loss (): the batch mean; logits (B, K) on the adversarial images; clean_logits (B, K) or None."""
+    def add(self, loss, y, logits, clean_logits=None):
+        """A step. loss (): the batch mean; logits (B, K) on the adversarial images; clean_logits (B, K) or None."""
         right = (logits.argmax(1) == y).sum()
         right_clean = torch.zeros_like(right) if clean_logits is None else (clean_logits.argmax(1) == y).sum()
-        self.sums += torch.stack([loss * len(y), right, right_clean])
-        self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(loss), step, self.bad_step)
-        self.images += len(y)
+        self.sums += torch.stack([loss * len(y), right, right_clean, torch.full_like(right, len(y))])
+        self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(loss), self.steps, self.bad_step)
+        self.steps += 1
 
     def read(self):
-        """Mean loss, adversarial and clean accuracy in per cent. Waits for the device.
+        """Mean loss, adversarial and clean accuracy in per cent, over all processes. Waits for the device.
 
         Raises FloatingPointError(step) with the first step whose loss was not finite.
         """
-        if self.bad_step >= 0:
-            raise FloatingPointError(self.bad_step.item())
-        loss, adv, clean = (self.sums / self.images).tolist()
-        return round(loss, 5), round(100 * adv, 2), round(100 * clean, 2)
+        bad_step = int(max_over_ranks(self.bad_step))
+        if bad_step >= 0:
+            raise FloatingPointError(bad_step)
+        loss, adv, clean, images = sum_over_ranks(self.sums.clone()).tolist()
+        return round(loss / images, 5), round(100 * adv / images, 2), round(100 * clean / images, 2)
+
+    def state(self):
+        """What load_state takes: tensors and plain values, the sums over all processes."""
+        return {"steps": self.steps, "seconds": self.seconds, "sums": sum_over_ranks(self.sums.clone()).cpu(), "bad_step": self.bad_step.cpu()}
+
+    def load_state(self, state):
+        self.steps, self.seconds = state["steps"], state["seconds"]
+        if rank() == 0:
+            self.sums.copy_(state["sums"])
+        self.bad_step.copy_(state["bad_step"])
 
 
 def clock(seconds):

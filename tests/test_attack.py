@@ -147,7 +147,8 @@ def test_evaluation_counts_last_and_any_iterate_over_restarts(loss):
         x = utils.to_float(images[first : first + 8])
         ok_last = ok_always = ok_clean = bool(model(x)[i - first].argmax() == labels[i])
         for restart in range(2):
-            it = utils.random_start(x, eps, utils.seeded("cpu", 5, "evaluation", restart, first))
+            noise = torch.empty(images.shape).uniform_(-eps, eps, generator=utils.seeded("cpu", 5, "evaluation", restart))
+            it = (x + noise[first : first + 8].permute(0, 3, 1, 2)).clamp(0, 1)
             for step in range(steps + 1):
                 right = bool(model(it)[i - first].argmax() == labels[i])
                 ok_always &= right
@@ -160,6 +161,8 @@ def test_evaluation_counts_last_and_any_iterate_over_restarts(loss):
                     it = torch.max(torch.min(it, x + eps), x - eps).clamp(0, 1)
         assert (clean[i], last[i], always[i]) == (ok_clean, ok_last, ok_always)
     assert 0 < always.sum() < last.sum() < clean.sum() < 60
+    whole = utils.pgd_evaluate(model, images, labels, eps=eps, alpha=alpha, steps=steps, restarts=2, loss=loss_fn, seed=5, batch_size=60)
+    assert all(map(torch.equal, whole, (clean, last, always)))  # the batch size changes nothing
 
 
 def test_logits_that_are_not_finite_are_never_right():

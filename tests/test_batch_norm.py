@@ -26,7 +26,8 @@ def problem(seed=0):
 
 def step(model, args, x, y, epoch=0):
     optimizer = utils.make_optimizer(model, args.optimizer, args.lr, args.wd, args.momentum)
-    return train_pgdat.train_step(model, model, optimizer, x, y, args.eps, args, epoch, utils.seeded("cpu", 0))
+    x_adv = train_pgdat.make_attack(model, model, args)(x, y, args.eps, epoch, utils.seeded("cpu", 0))
+    return train_pgdat.train_step(model, model, optimizer, x, x_adv, y, args)
 
 
 def watch(model):
@@ -127,8 +128,9 @@ def two_epochs(small_npz, *argv):
     args = setting("--batch-size", 40, *argv)
     model, _, _ = problem()
     optimizer = utils.make_optimizer(model, args.optimizer, args.lr, args.wd, args.momentum)
+    attack = train_pgdat.make_attack(model, model, args)
     for epoch in range(2):
-        train_pgdat.train_epoch(model, model, optimizer, data.train_images, data.train_labels, args, epoch)
+        train_pgdat.train_epoch(model, model, attack, optimizer, data.train_images, data.train_labels, args, epoch, utils.Meter("cpu"))
     return model
 
 

@@ -81,11 +81,12 @@ def test_a_step_is_the_references(bn_mode, eps, alpha):
     want_adv, want_loss, stats = reference_step(ref, x, y, args, x + 0.001 * noise)
 
     attacked = copy.deepcopy(model)
-    got_adv = train_trades.trades_attack(attacked, attacked, x, args.eps, args, utils.seeded("cpu", 7))
+    got_adv = train_trades.make_attack(attacked, attacked, args)(x, args.eps, utils.seeded("cpu", 7))
     torch.testing.assert_close(got_adv, want_adv, rtol=0, atol=1e-12)
 
     optimizer = utils.make_optimizer(model, "sgd", args.lr, args.wd, 0.9)
-    loss, _, _ = train_trades.train_step(model, model, optimizer, x, y, args.eps, args, utils.seeded("cpu", 7))
+    x_adv = train_trades.make_attack(model, model, args)(x, args.eps, utils.seeded("cpu", 7))
+    loss, _, _ = train_trades.train_step(model, model, optimizer, x, x_adv, y, args)
     assert loss.item() == pytest.approx(want_loss.item(), rel=1e-9)
     for p, q in zip(model.parameters(), ref.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-10)
@@ -99,7 +100,8 @@ def test_number_of_forwards_and_of_updates(bn_mode, updates, natural_forwards):
     model, x, y = problem()
     args, natural = setting("--bn-mode", bn_mode), []
     model.register_forward_pre_hook(lambda m, i: natural.append(torch.equal(i[0], x)))
-    train_trades.train_step(model, model, utils.make_optimizer(model, "sgd", 0.1, 0), x, y, args.eps, args, utils.seeded("cpu", 0))
+    x_adv = train_trades.make_attack(model, model, args)(x, args.eps, utils.seeded("cpu", 0))
+    train_trades.train_step(model, model, utils.make_optimizer(model, "sgd", 0.1, 0), x, x_adv, y, args)
     assert model.bn.num_batches_tracked == updates and sum(natural) == natural_forwards
     assert len(natural) - sum(natural) == 10 + 1
     assert natural[-2:] == [True, False]  # the loss: natural, then adversarial
@@ -124,7 +126,7 @@ def test_saturated_logits_stay_finite():
     model.float()
     args = setting()
     x = x.float()
-    x_adv = train_trades.trades_attack(model, model, x, args.eps, args, utils.seeded("cpu", 0))
+    x_adv = train_trades.make_attack(model, model, args)(x, args.eps, utils.seeded("cpu", 0))
     assert x_adv.isfinite().all() and (x_adv - x).abs().max() > 0
 
 
