@@ -9,7 +9,7 @@
 Accuracies are per cent of the images. `pgd10` counts an image as robust if the last iterate is classified right (as the
 paper's checkpoints were selected), `pgd10_any` if every iterate is. AutoAttack is the `standard` version (Croce & Hein,
 2020); the figure of each of its attacks is what is left after it and those before it. An AutoAttack evaluation that was
-interrupted goes on where it was, to the batch, when the same command is given again. `torchrun --nproc_per_node=N
+interrupted goes on where it was, to the batch, when the same command is given again. `torchrun --nproc_per_node=N --
 eval_aa.py ...` deals the batches out to N processes, with the same figures.
 """
 

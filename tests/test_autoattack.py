@@ -36,7 +36,7 @@ def problem():
 EPS, BATCH = 0.01, 5
 
 
-def staged(problem, state_path, watch=None):
+def staged(problem, state_path, watch=None, attacks=eval_aa.STANDARD):
     model, images, labels = problem
     aa = eval_aa.AutoAttack(model, EPS, 0, "cpu")
     if watch is not None:
@@ -45,7 +45,7 @@ def staged(problem, state_path, watch=None):
         clean = model(utils.to_float(images)).argmax(1) == labels
     fresh = {"identity": {"who": "me"}, "robust": clean.int().tolist(), "left": {}, "todo": None, "seconds": {}}
     state = eval_aa.open_state(state_path, {"who": "me"}, overwrite=False) or fresh
-    eval_aa.run_autoattack(aa, images, labels, eval_aa.STANDARD, BATCH, state, state_path)
+    eval_aa.run_autoattack(aa, images, labels, attacks, BATCH, state, state_path)
     return state
 
 

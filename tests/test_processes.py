@@ -23,7 +23,7 @@ results, npz = map(Path, sys.argv[1:])
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch, utils, train_pgdat
 from conftest import Affine
-from test_processes import digest, evaluation
+from test_processes import ATTACKS, digest, evaluation
 from test_autoattack import Quadratic, staged, problem
 
 utils.join_processes(torch.device("cpu"))
@@ -55,7 +55,7 @@ for mode in ("train", "eval"):
 out["noises"] = noises
 
 out["evaluation"] = evaluation(data)
-out["autoattack"] = staged(problem.__wrapped__(), results / "state.json")["robust"]
+out["autoattack"] = staged(problem.__wrapped__(), results / "state.json", attacks=ATTACKS)["robust"]
 (results / f"{{utils.rank()}}.json").write_text(json.dumps(out))
 utils.barrier()
 """
@@ -63,7 +63,7 @@ utils.barrier()
 # train_pgdat.py, of which one process gets a signal in the middle of its second epoch.
 INTERRUPTED = """
 import os, signal, sys
-sys.path.insert(0, {root!r})
+sys.path[0] = {root!r}
 import train_pgdat, utils
 original, calls = train_pgdat.train_step, []
 
@@ -76,6 +76,9 @@ def train_step(*args):
 train_pgdat.train_step = train_step
 utils.run_script(train_pgdat.main)
 """
+
+
+ATTACKS = ("apgd-ce", "apgd-t")
 
 
 def digest(*tensors):
@@ -134,14 +137,14 @@ def test_evaluation_equals_that_of_one_process_image_by_image(both, small_npz, q
     alone = evaluation(utils.load_dataset(small_npz))
     assert 0 < sum(alone[2]) < 40
     assert both[0]["evaluation"] == both[1]["evaluation"] == alone
-    assert both[0]["autoattack"] == both[1]["autoattack"] == staged(quadratic, tmp_path / "state.json")["robust"]
+    assert both[0]["autoattack"] == both[1]["autoattack"] == staged(quadratic, tmp_path / "state.json", attacks=ATTACKS)["robust"]
 
 
 def test_the_command_line_a_signal_and_one_process_to_go_on(small_npz, tmp_path):
-    (tmp_path / "interrupted.py").write_text(INTERRUPTED.format(root=str(ROOT)))
+    (tmp_path / "train_pgdat.py").write_text(INTERRUPTED.format(root=str(ROOT)))
     run = tmp_path / "run"
     flags = ["--model", "tiny", "--dataset", small_npz, "--epochs", 2, "--batch-size", 48, "--lr", 0.05, "--bn-mode", "eval", "--out", run]
-    done = torchrun(tmp_path / "interrupted.py", *flags)
+    done = torchrun(tmp_path / "train_pgdat.py", *flags)
     assert done.returncode != 0 and "stopped by SIGTERM after 1 steps of epoch 2" in done.stdout, done.stderr
     assert done.stdout.count("stopped by") == 1 and "batch norm is not synchronised" in done.stdout
     assert done.stderr.count("exitcode  : 143") >= 1 and (run / "interrupted.pt").exists()
@@ -151,7 +154,7 @@ def test_the_command_line_a_signal_and_one_process_to_go_on(small_npz, tmp_path)
     assert done.returncode == 0 and f"going on with {run} after epoch 1, step 1" in done.stdout, done.stderr
     assert [json.loads(line)["epoch"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2]
 
-    done = torchrun(ROOT / "eval_aa.py", run, "--n", 20, "--attacks", "apgd-ce", "--batch-size", 6)
+    done = torchrun("--", ROOT / "eval_aa.py", run, "--n", 20, "--attacks", "apgd-ce", "--batch-size", 6)
     assert done.returncode == 0, done.stderr
     result = json.loads((run / "result.json").read_text())
     done = spawn(sys.executable, ROOT / "eval_aa.py", run, "--n", 20, "--attacks", "apgd-ce", "--batch-size", 6, "--out", run / "alone.json")
