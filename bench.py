@@ -238,13 +238,13 @@ def show(rows):
 def parse_args():
     p = Parser(description=__doc__)
     p.add_argument("--model", choices=models.MODELS, default="preactresnet-18", metavar="NAME", help="(default: %(default)s)")
-    p.add_argument("--batch-size", type=number(2, kind=int), help="images a step (default: 128, on a CPU 64)")
+    p.add_argument("--batch-size", type=number(2, kind=int), default=128, help="images a step (default: %(default)s)")
     p.add_argument("--trades", action="store_true", help="TRADES instead of PGD-AT")
     p.add_argument("--bn-mode", choices=("train", "eval"), help="batch norm while attacking (default: train; TRADES: eval)")
     p.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="of (c) (default: bf16 on CUDA)")
     p.add_argument("--compile", action="store_true", default=None, help="in (c) (default on CUDA)")
     p.add_argument("--no-compile", dest="compile", action="store_false", help="not in (c)")
-    p.add_argument("--rounds", type=number(1, kind=int), help="steps of each setting that count (default: 30, on a CPU 5)")
+    p.add_argument("--rounds", type=number(1, kind=int), help="steps of each setting that count (default: 30, on a CPU 3)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
     p.add_argument("--json", metavar="FILE", help="write the figures there")
     return p.parse_args()
@@ -254,8 +254,7 @@ def main():
     options = parse_args()
     device = pick_device(options.device)
     cuda = device.type == "cuda"
-    options.batch_size = options.batch_size or (128 if cuda else 64)
-    options.rounds = options.rounds or (30 if cuda else 5)
+    options.rounds = options.rounds or (30 if cuda else 3)
     precision = options.precision or ("bf16" if cuda else "fp32")
     compile = cuda if options.compile is None else options.compile
     set_precision(precision, device)  # refuses what this device cannot do

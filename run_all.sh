@@ -4,12 +4,13 @@
 #   ./run_all.sh list [PATTERN]     the rows:  id | clean/PGD-10/AA of the paper | command     (e.g. list 't2-*')
 #   ./run_all.sh print ROW...       the commands that `run` would execute
 #   ./run_all.sh run ROW...         train and evaluate them, one after the other, in runs/ROW; again: goes on, or says it is done
-#   ./run_all.sh run all            all of them, but for the quickstarts and the authors' released checkpoints
+#   ./run_all.sh run all            all of them, but for the quickstarts, x-tiny and the authors' released checkpoints
 #   ./run_all.sh count              how many rows and distinct runs there are
 #   SLURM_ARRAY_TASK_ID=7 ./run_all.sh run        the seventh distinct run (sbatch --array=1-N, one row a GPU)
 #
 # ROW@S is the row with seed S, in a folder of its own. A row `= other` is the same run as the other. A row is trained by
-# its command and evaluated on all test images; what follows a `;` is how it is evaluated instead. PYTHON names the interpreter.
+# its command and evaluated on all test images; what follows a `;` is how it is evaluated instead. PYTHON names what runs the
+# scripts: an interpreter, or PYTHON="torchrun --nproc_per_node=8 --" for all of a machine's GPUs on one row.
 
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -202,6 +203,10 @@ s1-xu2020                           | -/-/-             | train_pgdat.py --epoch
 # Ours: what do the clean passes that only log change? Beside each BN-mode row of ResNet-18, none of them.
 x-r18-bntrain-clean0                | -/-/-             | train_pgdat.py --bn-clean-passes 0
 x-r18-bneval-clean0                 | -/-/-             | train_pgdat.py --bn-mode eval --bn-clean-passes 0
+# The same question at a CPU's scale: the first 10,000 training images of CIFAR-10 (python data/prepare.py head --n 10000), tested at the end only.
+x-tiny-bneval-clean0                | -/-/-             | train_pgdat.py --model tiny --dataset data/cifar10_head10000.npz --epochs 12 --lr-decay-epochs 9 11 --bn-mode eval --bn-clean-passes 0 --eval-every 12 ; eval_aa.py --attacks none
+x-tiny-bneval-clean2                | -/-/-             | train_pgdat.py --model tiny --dataset data/cifar10_head10000.npz --epochs 12 --lr-decay-epochs 9 11 --bn-mode eval --bn-clean-passes 2 --eval-every 12 ; eval_aa.py --attacks none
+x-tiny-bntrain-clean2               | -/-/-             | train_pgdat.py --model tiny --dataset data/cifar10_head10000.npz --epochs 12 --lr-decay-epochs 9 11 --bn-mode train --bn-clean-passes 2 --eval-every 12 ; eval_aa.py --attacks none
 ROWS
 }
 
@@ -215,9 +220,9 @@ field() {
     rows | awk -F'|' -v id="$1" -v n="$2" '{ i = $1; gsub(/ /, "", i) } i == id { gsub(/^ +| +$/, "", $n); print $n; found = 1 } END { exit !found }'
 }
 
-# distinct: the ids whose run is no other row's, but for the quickstarts and the released checkpoints.
+# distinct: the ids whose run is no other row's, but for the quickstarts, x-tiny and the released checkpoints.
 distinct() {
-    rows | awk -F'|' '$3 !~ /^ *=/ && $1 !~ /^quickstart|-released *$/ { gsub(/ /, "", $1); print $1 }'
+    rows | awk -F'|' '$3 !~ /^ *=/ && $1 !~ /^quickstart|^x-tiny|-released *$/ { gsub(/ /, "", $1); print $1 }'
 }
 
 # commands ROW[@SEED]: the command lines of a row, one a line.
@@ -241,13 +246,30 @@ commands() {
     echo $python eval_aa.py "$out" $evaluate
 }
 
+# pass_on COMMAND...: executes it. A SIGTERM that only this script gets is passed on, so that a training run can save; a
+# Ctrl-C reaches the command by itself.
+pass_on() {
+    local child status
+    "$@" </dev/null &
+    child=$!
+    trap 'kill -TERM $child 2>/dev/null || true' TERM
+    trap : INT
+    while :; do  # a trapped signal ends `wait` early
+        status=0
+        wait $child || status=$?
+        kill -0 $child 2>/dev/null || break
+    done
+    trap - TERM INT
+    return $status
+}
+
 # run ROW[@SEED]: executes its commands; a failure ends the script.
 run() {
     local lines line
     lines=$(commands "$1")
     while IFS= read -r line; do
         echo "+ $line"
-        $line </dev/null
+        pass_on $line
     done <<<"$lines"
 }
 

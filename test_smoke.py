@@ -108,6 +108,33 @@ def test_compiled_training_takes_the_same_steps(train, tmp_path):
     assert compiled["train_loss"] == pytest.approx(eager["train_loss"], rel=1e-3)
 
 
+@pytest.mark.parametrize("bn_mode", ["train", "eval"])
+def test_toggling_modes_compiles_nothing_anew(small_npz, monkeypatch, bn_mode):
+    """Whatever an epoch needs (attack, update and clean passes, in batches of 40 and 16; the test) is compiled in it, once."""
+    compiled, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=backend, **options))
+    torch._dynamo.reset()
+    data = utils.load_dataset(small_npz)
+    args = train_pgdat.parse_args(["--model", "tiny", "--batch-size", "40", "--bn-mode", bn_mode, "--steps", "2", "--compile"])
+    model = models.build("tiny").to(memory_format=torch.channels_last)
+    forward = utils.make_forward(model, compile=True)
+    compiled.clear()
+    attack, optimizer = train_pgdat.make_attack(model, forward, args), utils.make_optimizer(model, "sgd", 0.1, 0)
+    assert attack.__closure__ and not any(isinstance(c.cell_contents, utils.Graphed) for c in attack.__closure__)  # no graphs on a CPU
+    after = []
+    for epoch in range(2):
+        train_pgdat.train_epoch(model, forward, attack, optimizer, data.train_images, data.train_labels, args, epoch, utils.Meter("cpu"))
+        train_pgdat.test(model, forward, data.test_images, data.test_labels, args, epoch, "test")
+        after.append(len(compiled))
+    # attack; in BN train mode also its last forward, without gradient; update; clean passes: for both sizes. The test: two
+    assert after == [2 * (4 if bn_mode == "train" else 3) + 2] * 2
+
+
 def test_the_training_set_is_learnt(train, tmp_path):
     """A few epochs fit 96 images far beyond chance, on clean and on adversarial images: the loop does learn."""
     status, _, err = train("--epochs", 12, "--bn-mode", "eval", "--eps", "2/255", "--eval-every", 12, "--lr-schedule", "onecycle")

@@ -100,6 +100,23 @@ def test_a_channels_last_model_is_attacked_without_a_stride_error():
     assert eval_aa.AutoAttack(model, 8 / 255, 0, "cpu").fools("apgd-ce", x, y).shape == (4,)
 
 
+def test_padding_to_a_few_sizes_changes_no_result():
+    torch.manual_seed(0)
+    model, sizes = models.build("tiny").eval().requires_grad_(False), set()
+
+    def forward(x):
+        sizes.add(len(x))
+        return model(x)
+
+    padded = eval_aa.padded(forward, 12)
+    for n in range(1, 13):
+        x = torch.rand(n, 3, 32, 32).requires_grad_()
+        (got,), (want,) = (torch.autograd.grad(f(x).square().sum(), x) for f in (padded, model))
+        torch.testing.assert_close(padded(x), model(x), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
+    assert sizes == {12, 6, 3, 1}
+
+
 def test_the_github_package_serves_as_well(monkeypatch):
     """`autoattack` has another signature: norm, eps, verbose ... and bs, and returns the images alone."""
     import sys

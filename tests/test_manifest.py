@@ -1,6 +1,8 @@
 """run_all.sh: every row is there, carries the paper's figures, and is what its id says; it prints what it runs."""
 
+import os
 import re
+import subprocess
 
 import pytest
 from conftest import ROOT, spawn
@@ -139,7 +141,7 @@ def what_table_1_says(row):
 def test_every_row_resolves_to_the_setting_that_its_id_says(manifest):
     """Through the scripts' own parse_args: what the id says is set, and nothing else is."""
     for row, (_, command) in manifest.items():
-        if row.startswith("quickstart"):
+        if row.startswith(("quickstart", "x-tiny")):  # of our own making
             continue
         same = command[2:] if command.startswith("= ") else row
         train, *evaluate = run_commands(manifest[same][1])
@@ -179,7 +181,7 @@ def test_print_and_list():
 
 
 def test_an_array_index_is_a_distinct_run(manifest):
-    distinct = [r for r, (_, c) in manifest.items() if not c.startswith("=") and not re.search("^quickstart|released$", r)]
+    distinct = [r for r, (_, c) in manifest.items() if not c.startswith("=") and not re.search("^quickstart|^x-tiny|released$", r)]
     assert distinct[6] == "t2-wulr-20"
     assert run_all("print", SLURM_ARRAY_TASK_ID="7") == run_all("print", distinct[6])
     assert run_all("print", SLURM_ARRAY_TASK_ID=str(len(distinct))) == run_all("print", distinct[-1])
@@ -204,6 +206,17 @@ STAND_IN = """#!/bin/sh
 echo "RAN $*"
 case "$*" in *"$FAIL_ON"*) exit 3;; esac
 """
+
+
+def test_a_sigterm_reaches_the_training_run(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\ntrap 'echo SAVED; exit 143' TERM\necho RAN $*\nwhile :; do sleep 0.1; done\n")
+    python.chmod(0o755)
+    process = subprocess.Popen([ROOT / "run_all.sh", "run", "t2-base"], env={**os.environ, "PYTHON": str(python)}, stdout=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("RAN"):
+        pass
+    process.terminate()
+    assert process.communicate(timeout=30)[0] == "SAVED\n" and process.returncode == 143  # and no evaluation
 
 
 def test_run_executes_what_print_shows_and_stops_at_a_failure(tmp_path):
