@@ -145,8 +145,11 @@ def ceiling(device, dtype):
     """FLOP/s of the fastest of ten products of square matrices, under the precision that is set."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as the convolutions, which are what it is a ceiling of
     torch.mm(a, b)
-    return 2 * n**3 / min(timed(lambda: torch.mm(a, b), device) for _ in range(10))
+    rate = 2 * n**3 / min(timed(lambda: torch.mm(a, b), device) for _ in range(10))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return rate
 
 
 class FlopCounter(TorchDispatchMode):

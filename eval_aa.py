@@ -18,6 +18,7 @@ import hashlib
 import importlib
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -103,6 +104,11 @@ def locate(args):
 OURS = {"args": dict, "num_classes": int, "epoch": int, "normalize": (list, tuple, type(None))}  # what save_epoch writes
 
 
+def is_ours(checkpoint):
+    """Whether it is one that save_epoch wrote, which names its architecture and data set."""
+    return all(isinstance(checkpoint.get(k), t) for k, t in OURS.items()) and {"model", "activation", "dataset", "eps"} <= checkpoint["args"].keys()
+
+
 def rebuild(args, path, checkpoint, trained):
     """(model, what it is) from a checkpoint of ours, which names its architecture, or from --model and the rest.
 
@@ -176,6 +182,11 @@ def padded(forward, batch_size):
         x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, size - len(x))) if size > len(x) else x
         return forward(x.contiguous(memory_format=torch.channels_last))
     return lambda x: call(x)[: len(x)]
+
+
+def interrupted_batch_size(path):
+    """Of an interrupted evaluation, which goes on with it even where another would fill the device; None if there is none."""
+    return read_json(path, {"identity": dict})["identity"].get("batch_size") if path.exists() else None
 
 
 def run_pgd(forward, images, labels, args, name, **attack):
@@ -289,8 +300,9 @@ def warn_if_normalised_otherwise(model, images, labels):
     given, as_given = model.normalize, accuracy()
     for name, other in (("--no-normalize", torch.nn.Identity()), ("PGD-AT's mean and std", models.Normalize(*models.CIFAR_NORMALIZE))):
         model.normalize = other.to(images.device)
-        if accuracy() > as_given + 2 and rank() == 0:
-            print(f"warning: with {name}, {accuracy():.2f} of the first {len(labels)} images are classified right, "
+        otherwise = accuracy()
+        if otherwise > as_given + 2 and rank() == 0:
+            print(f"warning: with {name}, {otherwise:.2f} of the first {len(labels)} images are classified right, "
                   f"against {as_given:.2f}: is the normalisation right?", file=sys.stderr)
     model.normalize = given
 
@@ -302,7 +314,7 @@ def main():
     precision = set_precision(args.precision, device)
     path, result_path = locate(args)
     checkpoint = load_checkpoint(path)
-    ours = all(isinstance(checkpoint.get(k), t) for k, t in OURS.items()) and {"model", "activation", "eps"} <= checkpoint["args"].keys()
+    ours = is_ours(checkpoint)
     trained = checkpoint["args"] if ours else {}
     data = load_dataset(args.dataset or trained.get("dataset", "cifar10"), args.data_dir, device)
     model, spec = rebuild(args, path, checkpoint, trained)
@@ -319,10 +331,10 @@ def main():
     identity = {**spec, "weights_sha256": digest(checkpoint["state_dict"]), "data_sha256": data.sha256, "n": n, "eps": eps,
                 "seed": args.seed, "precision": precision}
     identity = json.loads(json.dumps(identity))  # as it will be read back
-    args.batch_size = args.batch_size or evaluation_batch(model, device)
+    state_path = result_path.with_suffix(".state.json")
+    args.batch_size = args.batch_size or interrupted_batch_size(state_path) or evaluation_batch(model, device, at_most=min(1000, math.ceil(n / world())))
     forward = padded(make_forward(model, precision, compile=True), args.batch_size) if args.compile else model
     aa = AutoAttack(forward, eps, args.seed, device) if args.attacks else None
-    state_path = result_path.with_suffix(".state.json")
 
     with run_folder(result_path.parent, f".{result_path.stem}.lock"):
         result = open_result(result_path, identity, args.overwrite)

@@ -11,7 +11,7 @@
     python report.py robustbench RUN      the model-info JSON of a RobustBench entry
     python report.py readme               renews the README's table of what is in results/
 
-RUN is a folder whose name is a row of run_all.sh, or a row and a seed (t2-base@1). Differences beyond seed noise are bold.
+RUN is a folder named after a row of run_all.sh, or a row and a seed (t2-base@1). Differences beyond seed noise are bold.
 """
 
 import json
@@ -24,22 +24,18 @@ from typing import NamedTuple
 import eval_aa
 import train_pgdat
 import train_trades
-from figures import METRICS, draw_architectures, draw_attack, draw_comparison, draw_curves, draw_weight_decay, subplots
-from models.__main__ import TABLE_11
+from figures import METRICS, NAMES, draw_attack, draw_comparison, draw_curves, draw_figure, subplots
 from utils import (
     HERE, InputError, Parser, attack_mode, clock, differences, fraction_text, load_checkpoint, load_dataset, pgd, random_start,
-    read_json, run_script, seeded, to_float, write_atomically,
+    run_script, seeded, to_float, write_atomically,
 )
 
 NOISE = {"clean": 0.5, "pgd10": 0.5, "aa": 0.3}  # between seeds; larger differences from the paper are marked
-NAMES = {"preactresnet-18": "ResNet-18", "preactresnet-50": "ResNet-50", "wrn-34-10": "WRN-34-10", "wrn-34-20": "WRN-34-20"}
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 BEGIN, END = "<!-- measured, by report.py readme -->", "<!-- end of measured -->"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Reading --------------------------------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
@@ -79,24 +75,32 @@ def manifest():
     return rows
 
 
+def is_result(r):
+    seconds = [t for s in r["stages"].values() for t in (s["seconds"].values() if isinstance(s["seconds"], dict) else [s["seconds"]])]
+    return r["n"] > 0 and r["test_images"] > 0 and r["eps"] >= 0 and all(v is None or 0 <= v <= 100 for v in (r[m] for m in METRICS)) and sum(seconds) >= 0
+
+
+def is_log(log):
+    accuracies = [e[k] for e in log for k in ("test_clean", "test_pgd10", "val_clean", "val_pgd10") if e.get(k) is not None]
+    return all(0 <= v <= 100 for v in accuracies) and all(e["seconds"] >= 0 and e["epoch"] == i + 1 for i, e in enumerate(log))
+
+
 def read_run(folder):
     """The Run in a folder, or None if there is none. A malformed file is skipped with a warning that names it."""
-    def read(name, types):
+    def read(name, valid, lines=False):
         try:
-            return read_json(folder / name, types) if (folder / name).exists() else None
-        except InputError as e:
-            print(f"warning: {e}: skipped", file=sys.stderr)
+            text = (folder / name).read_text() if (folder / name).exists() else None
+            value = text and ([json.loads(line) for line in text.splitlines()] if lines else json.loads(text))
+            if text is None or valid(value):
+                return value
+        except (AttributeError, KeyError, TypeError, ValueError):  # what odd values make of the checks
+            pass
+        print(f"warning: {folder / name} is malformed: skipped", file=sys.stderr)
 
     folder = Path(folder)
-    figures = {"n": int, "test_images": int, "stages": dict, "eps": float, **dict.fromkeys(METRICS, (int, float, type(None)))}
-    record = read("args.json", {"args": dict, "command": list, "device": str, "versions": dict})
-    best, last = read("result.json", figures), read("result_last.json", figures)
-    try:
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] if record and (folder / "log.jsonl").exists() else []
-        log = [{**e, "epoch": int(e["epoch"]), "seconds": float(e["seconds"])} for e in log]
-    except (KeyError, TypeError, ValueError):
-        print(f"warning: {folder / 'log.jsonl'} holds a line that is no log entry: skipped", file=sys.stderr)
-        log = []
+    record = read("args.json", lambda r: {"dataset", "model", "eps", "epochs"} <= r["args"].keys() and r["command"][0] and r["device"] and r["versions"].keys())
+    best, last = read("result.json", is_result), read("result_last.json", is_result)
+    log = record and read("log.jsonl", is_log, lines=True) or []
     return Run(folder, record, log, best, last) if record or best or last else None
 
 
@@ -122,15 +126,13 @@ def claimed(folder, rows):
     return run, row._replace(setting={**row.setting, "seed": int(seed)}) if seed else row
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arithmetic
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Arithmetic -----------------------------------------------------------------------------------------------------
 
 
 def deviations(run, row):
     """What a run's setting differs in from its row's, in words."""
     if run.record is None:
-        return []
+        return ["it has no args.json that can be read"] if row.setting else []
     want, got = ({**args, "data": Path(args.get("dataset", "")).name} for args in (row.setting, run.record["args"]))
     got |= {k: want.get(k) for k in ("precision", "compile")}  # how it was computed: args.json and the result say it
     return differences({**want, "script": row.script}, {**got, "script": run.record["command"][0]})
@@ -178,9 +180,7 @@ def hours(run):
     return (sum(e["seconds"] for e in run.log) + sum(sum(s.values()) if isinstance(s, dict) else s for s in stages)) / 3600
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Text -----------------------------------------------------------------------------------------------------------
 
 
 def markdown(header, lines):
@@ -189,16 +189,17 @@ def markdown(header, lines):
 
 def table(rows):
     """Rows in the paper's order, the settings that they differ in, the figures; also of the other checkpoint where there are some."""
-    def text(v):
-        return fraction_text(v) if isinstance(v, float) else "/".join(map(text, v)) if isinstance(v, list) else str(NAMES.get(v, "-" if v is None else v))
+    def text(key, v):
+        value = "/".join(f"{e:g}" for e in v) if isinstance(v, list) else NAMES.get(v, v)
+        return "-" if v is None else fraction_text(v) if key == "eps" else str(value)
 
-    keys = [k for k in rows[0].setting if k not in ("out", "alpha") and len({str(row.setting.get(k)) for row in rows}) > 1]
+    keys = [k for k in rows[0].setting if k not in ("out", "alpha") and len({str(row.setting[k]) for row in rows if row.setting}) > 1]
     results = [[(judged(run, row), run) for run in valid_runs(row) if judged(run, row)] for row in rows]
     others = [[r for own, run in found for r in (run.best, run.last) if r is not own and whole(r, row)] for row, found in zip(rows, results)]
     header = ["row", *(k.replace("_", " ") for k in keys), *METRICS.values(), *(f"{m}, other checkpoint" for m in METRICS.values() if any(others))]
     lines = []
     for row, found, other in zip(rows, results, others):
-        line = [row.id, *(text(row.setting.get(k)) for k in keys)]
+        line = [row.id, *(text(k, row.setting.get(k)) for k in keys)]
         line += [cell([r[m] for r, _ in found if r[m] is not None], row.paper[m], NOISE[m]) for m in METRICS]
         lines.append(line + [cell([r[m] for r in other if r[m] is not None], None, 0) for m in METRICS if any(others)])
     return markdown(header, lines) + ("\n\nOther checkpoint: the last; of rows judged by the last, the best." if any(others) else "")
@@ -259,33 +260,19 @@ def robustbench(run):
         "clean_acc": f"{r['clean']:.2f}", "reported": f"{r['aa']:.2f}", "autoattack_acc": f"{r['aa']:.2f}", "unreliable": False}, indent=2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures, the command line
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def draw_figure(name, rows):
-    """Figure 1 to 4 of the paper."""
-    runs = {r: valid_runs(row) for r, row in rows.items() if r.startswith(name)}
-    ours = {r: next((judged(run, rows[r]) for run in found if judged(run, rows[r])), {}) for r, found in runs.items()}
-    fig, axes = subplots(1 + (name == "f1"), 9 if name == "f1" else 5, 4 if name == "f2" else 3.2)
-    if name == "f1":
-        draw_weight_decay(axes[0][0], {NAMES[m]: [(rows[r].setting["wd"], ours[r], rows[r].paper) for r in runs if "f1a" in r and
-                                                  rows[r].setting["model"] == m] for m in ("preactresnet-18", "wrn-34-10")})
-    if name == "f2":
-        draw_architectures(axes[0][0], [(NAMES.get(r[3:], r[3:]), TABLE_11[r[3:]], ours[r], rows[r].paper) for r in runs])
-    else:
-        draw_curves(axes[0][-1], [(r, found[0].log, rows[r].paper) for r, found in runs.items() if "f1a" not in r and found and found[0].log])
-    return fig
+# ---- Figures, the command line --------------------------------------------------------------------------------------
 
 
 def attacked(folder, data_dir, n=8):
     """What draw_attack takes: the first n test images under PGD-10 on a run's best checkpoint."""
     path = Path(folder) / "best.pt"
     checkpoint = load_checkpoint(path)
-    model, spec = eval_aa.rebuild(eval_aa.parse_args([str(path)]), path, checkpoint, checkpoint.get("args"))
-    classes, eps = CLASSES if spec["num_classes"] == 10 else range(spec["num_classes"]), checkpoint["args"]["eps"]
-    data = load_dataset(checkpoint["args"]["dataset"], data_dir)
+    if not eval_aa.is_ours(checkpoint):
+        raise InputError(f"{path} is no checkpoint of a training run")
+    dataset, eps = (checkpoint["args"][k] for k in ("dataset", "eps"))
+    model, spec = eval_aa.rebuild(eval_aa.parse_args([str(path)]), path, checkpoint, checkpoint["args"])
+    classes = CLASSES if Path(dataset).name.startswith("cifar10") and spec["num_classes"] == 10 else range(spec["num_classes"])
+    data = load_dataset(dataset, data_dir)
     x, y = to_float(data.test_images[:n]), data.test_labels[:n]
     with attack_mode(model, "eval"):
         x_adv = pgd(model, x, y, random_start(x, eps, seeded("cpu", 0)), eps, 2 / 255, 10)
@@ -303,13 +290,18 @@ def draw(what, folders, rows, data_dir):
         fig, axes = subplots(1, 5.5)
         names = {f: Path(f).resolve().name for f in folders}
         paper = {f: rows[n.partition("@")[0]].paper if n.partition("@")[0] in rows else dict.fromkeys(METRICS) for f, n in names.items()}
-        draw_curves(axes[0][0], [(names[f], run.log, paper[f]) for f in folders if (run := read_run(f)) and run.log])
+        logs = {f: run.log for f in folders if (run := read_run(f)) and run.log}
+        if missing := [f for f in folders if f not in logs]:
+            raise InputError(f"{missing[0]} holds no log that can be read")
+        draw_curves(axes[0][0], [(names[f], logs[f], paper[f], len(logs[f])) for f in folders])
     elif what == "compare":
         found = {row.id: row for _, row in (claimed(f, rows) for f in folders)}
         fig, axes = subplots(2, 8, 1.2 + 0.4 * len(found))
         draw_comparison(axes[0], {r: ([judged(run, row) for run in valid_runs(row) if judged(run, row)], row.paper) for r, row in found.items()})
     else:
-        fig = draw_figure(what, rows)
+        runs = {r: valid_runs(row) for r, row in rows.items() if r.startswith(what)}
+        ours = {r: next((judged(run, rows[r]) for run in found if judged(run, rows[r])), {}) for r, found in runs.items()}
+        fig = draw_figure(what, [(rows[r], found[0].log if found else [], ours[r]) for r, found in runs.items()])
     return fig
 
 

@@ -21,12 +21,11 @@ import torch
 
 import models
 from utils import (
-    OPTIMIZERS, SCHEDULES, InputError, Meter, Parser, Stopped, attack_mode, average_gradients, batches, catch_signals,
+    OPTIMIZERS, SCHEDULES, InputError, Meter, Parser, Stopped, attack_mode, backward, batches, catch_signals, check_finite,
     dataset_size, evaluation_batch, fraction, hold_out, join_processes, load_dataset, make_forward, make_optimizer, number,
     open_run, percent, pgd, pgd_evaluate, pick_device, progress_bar, random_start, rank, replayed, resolve, restore,
-    run_folder, run_script, save_epoch, save_step, schedule, seeded, set_precision, share_statistics, show_epoch,
+    run_folder, run_script, save_epoch, schedule, seeded, set_precision, share_statistics, show_epoch,
     show_progress, show_setting, smoothed_cross_entropy, split_model, stop_diverged, stop_if_asked, stop_interrupted, trim_log, without_effect,
-    world,
 )
 
 NORMALIZE = models.CIFAR_NORMALIZE  # inside the model, so that the attack lives in [0, 1]
@@ -127,8 +126,7 @@ def train_step(model, forward, optimizer, x, x_adv, y, args):
     logits = forward(x_adv)
     loss = smoothed_cross_entropy(logits, y, args.ls)
     optimizer.zero_grad()
-    loss.backward()
-    average_gradients(model, len(y))
+    backward(loss, model, len(y))
     # The authors' clean passes exist to log clean accuracy, but they run in train mode: with --bn-mode eval two of every
     # three updates of the running statistics, which attack and test depend on, are clean. They need no gradient.
     if clean_passes == 2:
@@ -156,10 +154,9 @@ def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch, 
             loss, logits, clean_logits = train_step(model, forward, optimizer, x, x_adv, y, args)
             meter.add(loss, y, logits, clean_logits)
             show_progress(bar, args.batch_size, meter)
-            stop_if_asked()
+            stop_if_asked(model, meter)
+    check_finite(model, meter)
     mean_loss, adv_acc, clean_acc = meter.read()
-    if not all(v.isfinite().all() for v in model.state_dict().values()):
-        raise FloatingPointError(steps - 1)
     if args.attack == "none":
         adv_acc, clean_acc = None, adv_acc  # what was trained on was clean
     elif args.bn_clean_passes == 0:
@@ -174,7 +171,7 @@ def test(model, forward, images, labels, args, epoch, prefix):
         clean, robust, _ = pgd_evaluate(forward, images, labels, eps=args.eps, seed=(args.seed, epoch),
                                         batch_size=evaluation_batch(forward, images.device),
                                         restarts=1 if args.attack == "pgd" else 0,
-                                        progress=lambda images: world() > 1 or stop_if_asked())
+                                        progress=lambda images: stop_if_asked())
     return {f"{prefix}_clean": percent(clean), f"{prefix}_pgd10": percent(robust) if args.attack == "pgd" else None}
 
 
@@ -198,7 +195,7 @@ def main():
     show_setting(args, model, n_train, n_test)
     if args.dry_run:
         return
-    model = split_model(model, device, n_train, args.batch_size)
+    model = split_model(model, device, n_train, args.batch_size, args.compile)
     model.to(device, memory_format=torch.channels_last)
     forward = make_forward(model, args.precision, args.compile)
     attack = make_attack(model, forward, args)
@@ -236,8 +233,7 @@ def main():
                 stop_diverged(e.args[0], epoch, math.ceil(n_train / args.batch_size), args)
             except Stopped as e:
                 meter.seconds = time.time() - epoch_started
-                save_step(out, epoch, meter, model, optimizer, about)
-                stop_interrupted(e.args[0], epoch, meter.steps, args)
+                stop_interrupted(e.args[0], out, epoch, meter, model, optimizer, about)
             entry["seconds"] = round(time.time() - epoch_started, 2)
             save_epoch(out, entry, best, model, optimizer, about)
             meter = Meter(device)

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 
 import models
 from utils import (
-    OPTIMIZERS, SCHEDULES, InputError, Meter, Parser, Stopped, attack_mode, average_gradients, batches, catch_signals,
+    OPTIMIZERS, SCHEDULES, InputError, Meter, Parser, Stopped, attack_mode, backward, batches, catch_signals, check_finite,
     dataset_size, evaluation_batch, fraction, hold_out, join_processes, linf_step, load_dataset, make_forward,
     make_optimizer, number, open_run, percent, pgd_evaluate, pick_device, progress_bar, rank, replayed, resolve, restore,
-    run_folder, run_script, save_epoch, save_step, schedule, seeded, set_precision, share_statistics, show_epoch,
-    show_progress, show_setting, split_model, stop_diverged, stop_if_asked, stop_interrupted, trim_log, world,
+    run_folder, run_script, save_epoch, schedule, seeded, set_precision, share_statistics, show_epoch,
+    show_progress, show_setting, split_model, stop_diverged, stop_if_asked, stop_interrupted, trim_log,
 )
 
 NORMALIZE = None  # TRADES takes images in [0, 1] as they are
@@ -103,13 +103,14 @@ def trades_attack(model, forward, x, start, eps, args):
         with torch.no_grad():
             log_p = F.log_softmax(forward(x), dim=1) if args.bn_mode == "eval" else None
         for _ in range(args.steps):
-            x_adv.requires_grad_()
+            x_adv = x_adv.detach().requires_grad_()
             log_q = F.log_softmax(forward(x_adv), dim=1)
             if args.bn_mode == "train":
                 with torch.no_grad():
                     log_p = F.log_softmax(forward(x), dim=1)
             grad, = torch.autograd.grad(divergence(log_p, log_q), x_adv)
-            x_adv = linf_step(x, x_adv.detach(), grad, eps, args.alpha)
+            with torch.no_grad():
+                x_adv = linf_step(x, x_adv, grad, eps, args.alpha)
     return x_adv
 
 
@@ -133,8 +134,7 @@ def train_step(model, forward, optimizer, x, x_adv, y, args):
     natural, adversarial = forward(x), forward(x_adv)  # in this order: both move the running statistics
     loss = trades_loss(natural, adversarial, y, args.beta)
     optimizer.zero_grad()
-    loss.backward()
-    average_gradients(model, len(y))
+    backward(loss, model, len(y))
     optimizer.step()
     share_statistics(model)
     return loss.detach(), adversarial.detach(), natural.detach()
@@ -154,10 +154,9 @@ def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch, 
             loss, logits, clean_logits = train_step(model, forward, optimizer, x, x_adv, y, args)
             meter.add(loss, y, logits, clean_logits)
             show_progress(bar, args.batch_size, meter)
-            stop_if_asked()
+            stop_if_asked(model, meter)
+    check_finite(model, meter)
     mean_loss, adv_acc, clean_acc = meter.read()
-    if not all(v.isfinite().all() for v in model.state_dict().values()):
-        raise FloatingPointError(steps - 1)
     lr, eps = schedule(epoch + (steps - 1) / steps, args)
     return {"lr": lr, "eps": eps, "train_loss": mean_loss, "train_adv_acc": adv_acc, "train_clean_acc": clean_acc}
 
@@ -167,7 +166,7 @@ def test(model, forward, images, labels, args, epoch, prefix):
     with attack_mode(model, "eval"):
         clean, robust, _ = pgd_evaluate(forward, images, labels, eps=args.eps, seed=(args.seed, epoch),
                                         batch_size=evaluation_batch(forward, images.device),
-                                        progress=lambda images: world() > 1 or stop_if_asked())
+                                        progress=lambda images: stop_if_asked())
     return {f"{prefix}_clean": percent(clean), f"{prefix}_pgd10": percent(robust)}
 
 
@@ -191,7 +190,7 @@ def main():
     show_setting(args, model, n_train, n_test)
     if args.dry_run:
         return
-    model = split_model(model, device, n_train, args.batch_size)
+    model = split_model(model, device, n_train, args.batch_size, args.compile)
     model.to(device, memory_format=torch.channels_last)
     forward = make_forward(model, args.precision, args.compile)
     attack = make_attack(model, forward, args)
@@ -228,8 +227,7 @@ def main():
                 stop_diverged(e.args[0], epoch, math.ceil(n_train / args.batch_size), args)
             except Stopped as e:
                 meter.seconds = time.time() - epoch_started
-                save_step(out, epoch, meter, model, optimizer, about)
-                stop_interrupted(e.args[0], epoch, meter.steps, args)
+                stop_interrupted(e.args[0], out, epoch, meter, model, optimizer, about)
             entry["seconds"] = round(time.time() - epoch_started, 2)
             save_epoch(out, entry, best, model, optimizer, about)
             meter = Meter(device)

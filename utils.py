@@ -15,6 +15,7 @@ first one writes.
 
 import argparse
 import contextlib
+import datetime
 import fcntl
 import hashlib
 import json
@@ -93,9 +94,7 @@ def load_dataset(name_or_path, data_dir="data", device="cpu"):
     The .npz holds train_images (N, 32, 32, 3) uint8, train_labels (N,) integers from 0, test_images, test_labels.
     Raises InputError if it does not, or cannot be read.
     """
-    if rank() == 0:
-        dataset_path(name_or_path, data_dir)  # fetched once, not by every process
-    barrier()
+    only_first(lambda: dataset_path(name_or_path, data_dir))  # fetched once, not by every process
     path = dataset_path(name_or_path, data_dir)
     arrays = read_npz(path)
     digest = hashlib.sha256()
@@ -276,26 +275,29 @@ def pgd_evaluate(forward, images, labels, *, eps, alpha=2 / 255, steps=10, resta
     return everything.
     """
     n, device = len(images), images.device
-    mine = [slice(i, i + batch_size) for i in range(rank() * batch_size, n, world() * batch_size)]
+    rounds = range(0, n, world() * batch_size)
+    mine = [slice(i + rank() * batch_size, i + (rank() + 1) * batch_size) for i in rounds]  # beyond n in the last round, perhaps
     clean, last, always = flags = torch.zeros(3, n, dtype=torch.int32, device=device)  # sums over processes need a number
     for batch in mine:
-        with torch.no_grad():
-            clean[batch] = classified_right(forward(to_float(images[batch])), labels[batch]).int()
-        last[batch] = always[batch] = 1
+        if batch.start < n:
+            with torch.no_grad():
+                clean[batch] = classified_right(forward(to_float(images[batch])), labels[batch]).int()
+            last[batch] = always[batch] = 1
     for restart in range(restarts):
         noise = torch.empty(images.shape, device=device)
         noise.uniform_(-eps, eps, generator=seeded(device, seed, "evaluation", restart))
-        for batch in mine:
-            x, y = to_float(images[batch]), labels[batch]
-            start = (x + noise[batch].permute(0, 3, 1, 2)).clamp_(0, 1)
-            fooled = always[batch] == 0
-            x_adv = pgd(forward, x, y, start, eps, alpha, steps, loss, fooled=fooled)
-            with torch.no_grad():
-                right = classified_right(forward(x_adv), y)
-            last[batch] *= right
-            always[batch] = (~fooled & right).int()
-            if progress is not None:
-                progress(min(world() * batch_size, n - batch.start))
+        for i, batch in zip(rounds, mine):
+            if batch.start < n:
+                x, y = to_float(images[batch]), labels[batch]
+                start = (x + noise[batch].permute(0, 3, 1, 2)).clamp_(0, 1)
+                fooled = always[batch] == 0
+                x_adv = pgd(forward, x, y, start, eps, alpha, steps, loss, fooled=fooled)
+                with torch.no_grad():
+                    right = classified_right(forward(x_adv), y)
+                last[batch] *= right
+                always[batch] = (~fooled & right).int()
+            if progress is not None:  # by all processes alike: it may wait for the others
+                progress(min(world() * batch_size, n - i))
     return tuple(sum_over_ranks(flags).bool())
 
 
@@ -359,7 +361,7 @@ class Graphed:
 
 def replayed(function, model, compile):
     """The function itself, or, of a model on CUDA that is compiled, Graphed."""
-    return Graphed(function, model) if compile and next(model.parameters()).is_cuda else function
+    return Graphed(function, model) if compile and next(model.parameters()).is_cuda else function  # with one process: see split_model
 
 
 def percent(flags):
@@ -549,7 +551,13 @@ def run_script(main):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell script's background job would ignore it
     try:
         main()
-        barrier()  # no process leaves while another still needs it
+        sys.stdout.flush()
+        if dist.is_initialized():
+            barrier()  # no process leaves while another still needs it
+            dist.destroy_process_group()
+    except BrokenPipeError:  # what we were piped into has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (InputError, OSError) as e:
         message = str(e) if isinstance(e, InputError) or not e.filename else f"{e.filename}: {e.strerror}"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
@@ -557,9 +565,6 @@ def run_script(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def pick_device(name):
@@ -568,13 +573,15 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise InputError(f"device {name!r} is not auto, cpu, cuda or cuda:N")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and name != "cpu":
+    if under_torchrun() and name != "cpu":
         if name != "cuda":
             raise InputError(f"--device {name}: under torchrun every process takes a GPU of its own, give --device cuda or none")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # streams and CUDA graphs are the current device's
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"device {name!r} cannot be used: {first_line(e)}") from None
     return device
@@ -623,13 +630,17 @@ def make_forward(model, precision="fp32", compile=False):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def under_torchrun():
+    """Whether torchrun has started several processes of which this is one."""
+    return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+
+
 def join_processes(device):
     """Under `torchrun --nproc_per_node=N`, joins the N processes; of these only the first prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not under_torchrun():
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    patience = datetime.timedelta(days=7)  # of a process for the others: a batch of AutoAttack can take an hour
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -649,6 +660,20 @@ def barrier():
     max_over_ranks(torch.zeros(1))
 
 
+def only_first(function):
+    """Calls function() in the first process while the others wait; if it raises there, they end quietly with status 2."""
+    if rank() > 0:
+        if max_over_ranks(torch.zeros(1)):
+            sys.exit(2)
+        return
+    try:
+        function()
+    except BaseException:
+        max_over_ranks(torch.ones(1))
+        raise
+    barrier()
+
+
 def sum_over_ranks(tensor):
     """The tensor's sum over the processes, in place."""
     if dist.is_initialized():
@@ -665,11 +690,12 @@ def max_over_ranks(flag):
     return largest.item()
 
 
-def split_model(model, device, n_train, batch_size):
+def split_model(model, device, n_train, batch_size, compile=False):
     """The model for a batch that is split over the processes: with synchronised batch norm, which torch has on CUDA only.
 
     On the CPU each process normalises by its own share, and running statistics are the first process's, as under
-    DataParallel, with which the paper's authors trained. Raises InputError if a batch has fewer images than processes.
+    DataParallel, with which the paper's authors trained. Raises InputError if a batch has fewer images than processes, or
+    for --compile on several GPUs, which synchronised batch norm has not been tried under.
     """
     smallest = n_train % batch_size or batch_size
     if smallest < world():
@@ -677,17 +703,24 @@ def split_model(model, device, n_train, batch_size):
     if world() == 1:
         return model
     if device.type == "cuda":
+        if compile:
+            raise InputError("--compile is not supported on several GPUs")
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     print(f"note: {world()} processes on the CPU: batch norm is not synchronised, each normalises by its own {batch_size // world()} images")
     return model
 
 
-def average_gradients(model, images):
-    """Under torchrun: every gradient becomes that of the mean loss over the whole batch, of which `images` are here."""
+def backward(loss, model, images):
+    """loss.backward(); under torchrun, every gradient is that of the mean loss over the whole batch.
+
+    loss (): the mean over this process's share of the batch, which has `images` images.
+    """
     if not dist.is_initialized():
+        loss.backward()
         return
+    (loss * images).backward()  # of sums, since synchronised batch norm adds up the processes' gradients as they are
     grads = [p.grad for p in model.parameters()]
-    flat = torch.cat([g.flatten() for g in grads] + [grads[0].new_ones(1)]) * images
+    flat = torch.cat([g.flatten() for g in grads] + [grads[0].new_full((1,), images)])
     dist.all_reduce(flat)
     for g, mean in zip(grads, (flat[:-1] / flat[-1]).split([g.numel() for g in grads])):
         g.copy_(mean.view(g.shape))
@@ -717,10 +750,15 @@ def catch_signals():
         signal.signal(number, note)
 
 
-def stop_if_asked():
-    """Raises Stopped if a signal has arrived, at any of the processes: all of them stop at the same step."""
+def stop_if_asked(model=None, meter=None):
+    """Raises Stopped if a signal has arrived, at any of the processes: all of them stop at the same step.
+
+    model, meter: of an epoch under way, which is only worth saving if it is finite (check_finite).
+    """
     number = int(max_over_ranks(torch.tensor(_asked[0] if _asked else 0)))
     if number:
+        if model is not None:
+            check_finite(model, meter)
         raise Stopped(number)
 
 
@@ -843,19 +881,17 @@ def run_folder(out, lock=".lock"):
 
     Under torchrun the first process holds it, and the others wait for that.
     """
-    if rank() > 0:
-        barrier()
-        yield
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / lock, "w") as f:
+    def take(f):
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"another process is working in {out}") from None
         except OSError as e:
             raise InputError(f"the file system of {out} has no locks ({e.strerror}): choose an --out elsewhere") from None
-        barrier()
+
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / lock, "w") as f:
+        only_first(lambda: take(f))
         yield
 
 
@@ -882,18 +918,20 @@ def open_run(out, args, data_sha256, device):
     Raises InputError if the folder already holds a run and --resume was not given, or if the run there was started with
     other arguments or data.
     """
+    only_first(lambda: check_run(out, args, data_sha256, device))
+    return load_checkpoint(out / "last.pt") if (out / "last.pt").exists() else None
+
+
+def check_run(out, args, data_sha256, device):
+    """What open_run says about args.json and its errors; done by the first process."""
     record, last = out / "args.json", out / "last.pt"
-    if rank() > 0:
-        barrier()  # the first process checks everything
-        return load_checkpoint(last) if last.exists() else None
     now = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], **environment(device)}
     if not record.exists():
         remains = [f for f in ("last.pt", "best.pt", "interrupted.pt", "log.jsonl") if (out / f).exists()]
         if remains:
             raise InputError(f"{out} holds {remains[0]} but no args.json: choose another --out")
         write_json(record, {"args": vars(args), **now, "data_sha256": data_sha256, "resumed": []})
-        barrier()
-        return None
+        return
     if not args.resume:
         raise InputError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
     before = read_json(record, {"args": dict, "command": list, "data_sha256": str, "resumed": list})
@@ -909,8 +947,6 @@ def open_run(out, args, data_sha256, device):
         raise InputError(f"{last} is not a checkpoint of this run")
     before["resumed"].append({"epoch": checkpoint["epoch"] if checkpoint else 0, **now})
     write_json(record, before)
-    barrier()
-    return checkpoint
 
 
 def differences(before, now):
@@ -1022,12 +1058,15 @@ def stop_diverged(step, epoch, steps, args):
     """Ends the process, with status 1, because loss or weights are not finite (step and epoch counted from 0)."""
     lr, _ = schedule(epoch + step / steps, args)
     good = f"the last good checkpoint is {Path(args.out) / 'last.pt'}, of epoch {epoch}" if epoch else "there is no good checkpoint yet"
+    if rank() > 0:
+        sys.exit(1)
     sys.exit(f"{Path(sys.argv[0]).name}: stopped: loss or weights not finite at step {step} of epoch {epoch + 1}, lr {lr:g}; {good}")
 
 
-def stop_interrupted(number, epoch, steps, args):
-    """Ends the process as its signal would have, now that interrupted.pt is on the disk (steps into epoch, counted from 0)."""
-    print(f"stopped by {signal.Signals(number).name} after {steps} steps of epoch {epoch + 1}; to go on: the same command with --resume", flush=True)
+def stop_interrupted(number, out, epoch, meter, model, optimizer, about):
+    """Puts the middle of an epoch (counted from 0) on the disk and ends the process as its signal would have."""
+    save_step(out, epoch, meter, model, optimizer, about)
+    print(f"stopped by {signal.Signals(number).name} after {meter.steps} steps of epoch {epoch + 1}; to go on: the same command with --resume", flush=True)
     barrier()  # torchrun ends all processes when one has ended
     sys.exit(128 + number)
 
@@ -1043,6 +1082,13 @@ def show_progress(bar, images, meter):
     if due or meter.steps % 100 == 0:
         loss, adv_acc, _ = meter.read()
         bar.set_postfix_str(f"loss {loss:.3f}, adv acc {adv_acc:.1f} %", refresh=False)
+
+
+def check_finite(model, meter):
+    """Raises FloatingPointError(step), step being counted from 0, if a loss or a weight has become NaN or infinite."""
+    meter.read()
+    if not all(v.isfinite().all() for v in model.state_dict().values()):
+        raise FloatingPointError(meter.steps - 1)
 
 
 class Meter:
@@ -1076,13 +1122,12 @@ class Meter:
 
     def state(self):
         """What load_state takes: tensors and plain values, the sums over all processes."""
-        return {"steps": self.steps, "seconds": self.seconds, "sums": sum_over_ranks(self.sums.clone()).cpu(), "bad_step": self.bad_step.cpu()}
+        return {"steps": self.steps, "seconds": self.seconds, "sums": sum_over_ranks(self.sums.clone()).cpu()}
 
     def load_state(self, state):
         self.steps, self.seconds = state["steps"], state["seconds"]
         if rank() == 0:
             self.sums.copy_(state["sums"])
-        self.bad_step.copy_(state["bad_step"])
 
 
 def clock(seconds):

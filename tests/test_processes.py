@@ -37,8 +37,7 @@ out["batches"] = [y.tolist() for _, y in utils.batches(data.train_images, index,
 x = torch.rand(5, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 y = torch.tensor([0, 1, 2, 3, 0])
 model = Affine()
-torch.nn.functional.cross_entropy(model(x[utils.rank() :: 2]), y[utils.rank() :: 2]).backward()
-utils.average_gradients(model, len(y[utils.rank() :: 2]))
+utils.backward(torch.nn.functional.cross_entropy(model(x[utils.rank() :: 2]), y[utils.rank() :: 2]), model, len(y[utils.rank() :: 2]))
 out["gradient"] = model.weight.grad.flatten().tolist()
 
 # an epoch of training in each BN mode, the attack stopping early at different steps

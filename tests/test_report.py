@@ -27,7 +27,7 @@ def run(tmp_path, monkeypatch, rows):
         folder = tmp_path / root / name
         folder.mkdir(parents=True)
         (folder / "args.json").write_text(json.dumps({"args": args, "command": [row.script], "device": "abacus", "versions": {"cuda": cuda}}))
-        log = [{"epoch": e + 1, "test_clean": 50 + e % 90, "test_pgd10": 40 + e % 90, "seconds": 36.0} for e in range(epochs or args["epochs"])]
+        log = [{"epoch": e + 1, "test_clean": 50 + e % 40, "test_pgd10": 20 + e % 40, "seconds": 36.0} for e in range(epochs or args["epochs"])]
         (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
         for name, figures_ in (("result.json", (clean, pgd10, aa)), ("result_last.json", last)):
             if figures_:
@@ -98,13 +98,21 @@ def test_partial_and_deviating_runs_do_not_count(run, rows, capsys):
 
 
 def test_malformed_files_are_skipped_by_name(run, rows, capsys):
-    for name, file, text in (("t2-base", "result.json", '{"clean": 8'), ("t2-wulr-10", "result.json", '{"clean": "high", "n": 3}'),
-                             ("t2-wulr-15", "args.json", "[]"), ("t2-wulr-20", "log.jsonl", '{"epoch": 1}\n')):
-        path = run(name, 82.0, 53.0, 48.0) / file
-        path.write_text(text)
+    result = {"clean": 82.0, "pgd10": 53.0, "aa": 48.0, "n": 10_000, "test_images": 10_000, "eps": 0.03, "stages": {}}
+    entry = {"epoch": 1, "seconds": 1.0, "test_clean": 80.0, "test_pgd10": 50.0}
+    path = run("t2-base", 82.0, 53.0, 48.0)
+    for file, text in [
+        ("result.json", '{"clean": 8'), ("result.json", "[]"), *(("result.json", json.dumps({**result, **c})) for c in (
+            {"clean": "high"}, {"aa": 480}, {"stages": {"aa": 3}}, {"stages": {"aa": {"seconds": "long"}}}, {"test_images": 0})),
+        ("args.json", "[]"), ("args.json", '{"args": {}, "command": []}'), ("args.json", '{"args": {"dataset": "cifar10"}, "command": []}'),
+        ("log.jsonl", '{"epoch": 1'), *(("log.jsonl", json.dumps({**entry, **c})) for c in ({"epoch": float("inf")}, {"seconds": None}, {"test_pgd10": "x"})),
+    ]:
+        before = (path / file).read_text()
+        (path / file).write_text(text)
         report.status(rows)
-        assert cells(rows, "t2", name)
-        assert re.search(f"warning: .*{name}/{file}.*skipped", capsys.readouterr().err)
+        assert cells(rows, "t2", "t2-base")["AA"] == ("48.00 (48.51, **-0.51**)" if file == "log.jsonl" else "(48.51)")
+        assert f"t2-base/{file} is malformed: skipped" in capsys.readouterr().err, text
+        (path / file).write_text(before)
 
 
 def test_results_serve_where_runs_are_gone(run, rows):
@@ -130,6 +138,14 @@ def test_collect_copies_what_is_whole_and_refuses_the_rest(run, script):
         status, out, err = script(report, "collect", folder)
         assert status == 2 and problem in err and len(err.splitlines()) == 1 and not report.Path("results", name).exists()
         assert script(report, "deviations", folder)[1] == "none\n" or changes.keys() & {"wd", "seed"}
+
+
+def test_every_table_of_the_manifest_is_printed(rows, script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for table in "t2 t3 t4 t5 t6 t7 t8 t9 t12 t13 s1 x".split():
+        status, out, err = script(report, table)
+        assert status == 0 and err == "" and len(out.splitlines()) == 2 + sum(r.startswith(table + "-") for r in rows)
+    assert script(report, "t13")[1].splitlines()[0] == "| row | model | eps | Clean | PGD-10 | AA |"
 
 
 def test_robustbench_entry(run, script):
@@ -158,14 +174,14 @@ def test_the_best_epoch_is_that_of_best_pt():
     log = [{"epoch": 1, "test_clean": 50, "test_pgd10": 40}, {"epoch": 2, "test_clean": 60, "test_pgd10": 40}, {"epoch": 3}]
     assert figures.best_epoch(log) == (log[0], "test")                                     # the first, as in training
     assert figures.best_epoch([{**e, "test_pgd10": None} for e in log[:2]])[0]["epoch"] == 2
-    held_out = [{**e, "val_clean": 1, "val_pgd10": -e["epoch"]} for e in log]
+    held_out = [{**e, "val_clean": 1, "val_pgd10": 10 - e["epoch"]} for e in log]
     assert figures.best_epoch(held_out) == (held_out[0], "val")
     assert figures.best_epoch(log[2:]) == (None, "test")
 
 
 @pytest.mark.parametrize("argv, problem", [
     (["t99"], "no table, figure or command"), (["collect"], "takes one RUN or more"), (["t2", "x"], "takes no RUN"),
-    (["attack", "a", "b"], "takes one RUN"), (["deviations", "nowhere"], "holds no run that can be read"), (["attack", "nowhere"], "no such file"),
+    (["attack", "a", "b"], "takes one RUN"), (["deviations", "nowhere"], "holds no run that can be read"), (["curves", "nowhere"], "holds no log"), (["attack", "nowhere"], "no such file"),
 ])
 def test_bad_arguments(script, tmp_path, monkeypatch, argv, problem):
     monkeypatch.chdir(tmp_path)
