@@ -131,8 +131,9 @@ def test_toggling_modes_compiles_nothing_anew(small_npz, monkeypatch, bn_mode):
         train_pgdat.train_epoch(model, forward, attack, optimizer, data.train_images, data.train_labels, args, epoch, utils.Meter("cpu"))
         train_pgdat.test(model, forward, data.test_images, data.test_labels, args, epoch, "test")
         after.append(len(compiled))
-    # attack; in BN train mode also its last forward, without gradient; update; clean passes: for both sizes. The test: two
-    assert after == [2 * (4 if bn_mode == "train" else 3) + 2] * 2
+    # For both sizes: attack, update, clean passes, and in BN train mode the attack's last forward, without gradient. For the test
+    # of 40 images: with and without gradient, the former being the attack's in BN eval mode.
+    assert after == [2 * 4 + 2 if bn_mode == "train" else 2 * 3 + 1] * 2
 
 
 def test_the_training_set_is_learnt(train, tmp_path):

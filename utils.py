@@ -985,8 +985,10 @@ def restore(checkpoint, model, optimizer, meter, out):
         done, best = checkpoint["epoch"], checkpoint.pop("best")
         if best == checkpoint["log"]:
             save_checkpoint(out / "best.pt", checkpoint)  # the run may have been killed just before
-    middle = load_checkpoint(out / "interrupted.pt") if (out / "interrupted.pt").exists() else {"epoch": None}
-    if middle["epoch"] == done:
+    middle = load_checkpoint(out / "interrupted.pt") if (out / "interrupted.pt").exists() else None
+    if middle and not {"epoch", "meter", "optimizer"} <= middle.keys():
+        raise InputError(f"{out / 'interrupted.pt'} is not a checkpoint of this run")
+    if middle and middle["epoch"] == done:
         load_weights(model, middle["state_dict"], out / "interrupted.pt")
         optimizer.load_state_dict(middle["optimizer"])
         meter.load_state(middle["meter"])
