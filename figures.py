@@ -82,7 +82,10 @@ def draw_comparison(axes, runs):
         for y, (results, paper) in enumerate(runs.values()):
             ax.plot([r[metric] for r in results], [y] * len(results), "o", color=COLOURS[0], alpha=0.8)
             ax.plot([float("nan") if paper[metric] is None else paper[metric]], [y], "ko", markerfacecolor="none", markersize=9)
-        ax.set(xlabel=f"{METRICS[metric]} accuracy (%)", yticks=range(len(runs)), yticklabels=runs if ax is axes[0] else [], ylim=(len(runs) - 0.5, -0.5))
+        low, high = ax.get_xlim()
+        span = max(high - low, 3) / 2  # seeds differ by tenths: do not blow that up
+        ax.set(xlabel=f"{METRICS[metric]} accuracy (%)", yticks=range(len(runs)), yticklabels=runs if ax is axes[0] else [], ylim=(len(runs) - 0.5, -0.5),
+               xlim=((low + high) / 2 - span, (low + high) / 2 + span))
 
 
 def draw_attack(axes, x, x_adv, eps, before, after):

@@ -296,7 +296,9 @@ def draw(what, folders, rows, data_dir):
         draw_curves(axes[0][0], [(names[f], logs[f], paper[f], len(logs[f])) for f in folders])
     elif what == "compare":
         found = {row.id: row for _, row in (claimed(f, rows) for f in folders)}
-        fig, axes = subplots(2, 8, 1.2 + 0.4 * len(found))
+        fig, axes = subplots(2, 8, 1.4 + 0.4 * len(found))
+        same = {(NAMES.get(s["model"], s["model"]), Path(s["dataset"]).stem, f"{s['epochs']} epochs") for s in (row.setting for row in found.values())}
+        fig.suptitle(f"{', '.join(same.pop()) if len(same) == 1 else 'several settings'}; a dot is a seed")
         draw_comparison(axes[0], {r: ([judged(run, row) for run in valid_runs(row) if judged(run, row)], row.paper) for r, row in found.items()})
     else:
         runs = {r: valid_runs(row) for r, row in rows.items() if r.startswith(what)}
