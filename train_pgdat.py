@@ -219,7 +219,7 @@ def main():
             show_epoch(None, select, args.epochs, False, None)
         about = {"args": vars(args), "num_classes": num_classes, "normalize": NORMALIZE}
         catch_signals()
-        started = time.time()
+        started = time.time() - meter.seconds
         for epoch in range(done, args.epochs):
             epoch_started = time.time() - meter.seconds
             try:
