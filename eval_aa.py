@@ -184,9 +184,9 @@ def padded(forward, batch_size):
     return lambda x: call(x)[: len(x)]
 
 
-def interrupted_batch_size(path):
-    """Of an interrupted evaluation, which goes on with it even where another would fill the device; None if there is none."""
-    return read_json(path, {"identity": dict})["identity"].get("batch_size") if path.exists() else None
+def interrupted_batch_size(path, args):
+    """Of the evaluation that goes on, even where another batch size would fill the device; None if none goes on."""
+    return read_json(path, {"identity": dict})["identity"].get("batch_size") if args.attacks and not args.overwrite and path.exists() else None
 
 
 def run_pgd(forward, images, labels, args, name, **attack):
@@ -332,7 +332,7 @@ def main():
                 "seed": args.seed, "precision": precision}
     identity = json.loads(json.dumps(identity))  # as it will be read back
     state_path = result_path.with_suffix(".state.json")
-    args.batch_size = args.batch_size or interrupted_batch_size(state_path) or evaluation_batch(model, device, at_most=min(1000, math.ceil(n / world())))
+    args.batch_size = args.batch_size or interrupted_batch_size(state_path, args) or evaluation_batch(model, device, at_most=min(1000, math.ceil(n / world())))
     forward = padded(make_forward(model, precision, compile=True), args.batch_size) if args.compile else model
     aa = AutoAttack(forward, eps, args.seed, device) if args.attacks else None
 

@@ -76,11 +76,13 @@ def manifest():
 
 
 def is_result(r):
+    """Whether all that is read from a result file makes sense; may raise on odd values, as is_log may."""
     seconds = [t for s in r["stages"].values() for t in (s["seconds"].values() if isinstance(s["seconds"], dict) else [s["seconds"]])]
     return r["n"] > 0 and r["test_images"] > 0 and r["eps"] >= 0 and all(v is None or 0 <= v <= 100 for v in (r[m] for m in METRICS)) and sum(seconds) >= 0
 
 
 def is_log(log):
+    """Whether the entries of a log are those of its epochs in turn, and all that is read from them makes sense."""
     accuracies = [e[k] for e in log for k in ("test_clean", "test_pgd10", "val_clean", "val_pgd10") if e.get(k) is not None]
     return all(0 <= v <= 100 for v in accuracies) and all(e["seconds"] >= 0 and e["epoch"] == i + 1 for i, e in enumerate(log))
 
@@ -115,25 +117,26 @@ def find_runs(row, roots=("runs", "results")):
 
 
 def claimed(folder, rows):
-    """(Run in a folder, Row that the folder's name claims, with its seed). Raises InputError if there is none."""
+    """(Run in a folder, Row that the folder's name claims). Raises InputError if there is none."""
     folder, run = Path(folder), read_run(folder)
     name, _, seed = folder.resolve().name.partition("@")
     if run is None or run.record is None:
         raise InputError(f"{folder} holds no run that can be read")
     if name not in rows or not (seed or "0").isdigit():
         raise InputError(f"{folder}: run_all.sh has no row {folder.resolve().name}")
-    row = rows[rows[name].run]
-    return run, row._replace(setting={**row.setting, "seed": int(seed)}) if seed else row
+    return run, rows[rows[name].run]
 
 
 # ---- Arithmetic -----------------------------------------------------------------------------------------------------
 
 
 def deviations(run, row):
-    """What a run's setting differs in from its row's, in words."""
+    """What a run's setting differs in from its row's, with the seed that its folder's name claims, in words."""
     if run.record is None:
         return ["it has no args.json that can be read"] if row.setting else []
+    seed = run.folder.resolve().name.partition("@")[2]
     want, got = ({**args, "data": Path(args.get("dataset", "")).name} for args in (row.setting, run.record["args"]))
+    want |= {"seed": int(seed)} if seed else {}
     got |= {k: want.get(k) for k in ("precision", "compile")}  # how it was computed: args.json and the result say it
     return differences({**want, "script": row.script}, {**got, "script": run.record["command"][0]})
 
@@ -153,9 +156,8 @@ def judged(run, row):
 def valid_runs(row):
     """The runs of a row, one a seed, that have the row's setting; others are skipped with a warning."""
     valid = []
-    for seed, run in find_runs(row).items():
-        differ = deviations(run, row._replace(setting={**row.setting, "seed": int(seed)}) if seed else row)
-        if differ:
+    for run in find_runs(row).values():
+        if differ := deviations(run, row):
             print(f"warning: {run.folder} is not row {row.run} ({'; '.join(differ)}): skipped", file=sys.stderr)
         else:
             valid.append(run)

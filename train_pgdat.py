@@ -155,8 +155,7 @@ def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch, 
             meter.add(loss, y, logits, clean_logits)
             show_progress(bar, args.batch_size, meter)
             stop_if_asked(model, meter)
-    check_finite(model, meter)
-    mean_loss, adv_acc, clean_acc = meter.read()
+    mean_loss, adv_acc, clean_acc = check_finite(model, meter)
     if args.attack == "none":
         adv_acc, clean_acc = None, adv_acc  # what was trained on was clean
     elif args.bn_clean_passes == 0:

@@ -155,8 +155,7 @@ def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch, 
             meter.add(loss, y, logits, clean_logits)
             show_progress(bar, args.batch_size, meter)
             stop_if_asked(model, meter)
-    check_finite(model, meter)
-    mean_loss, adv_acc, clean_acc = meter.read()
+    mean_loss, adv_acc, clean_acc = check_finite(model, meter)
     lr, eps = schedule(epoch + (steps - 1) / steps, args)
     return {"lr": lr, "eps": eps, "train_loss": mean_loss, "train_adv_acc": adv_acc, "train_clean_acc": clean_acc}
 

@@ -343,6 +343,7 @@ class Graphed:
         return output.clone()  # the graphs share their memory
 
     def capture(self, inputs):
+        """(graph, its input tensors, its output tensor) for inputs of these shapes; leaves the model's buffers as they were."""
         static = [x.clone() for x in inputs]
         before = [b.clone() for b in self.model.buffers()]
         side = torch.cuda.Stream()
@@ -1087,10 +1088,11 @@ def show_progress(bar, images, meter):
 
 
 def check_finite(model, meter):
-    """Raises FloatingPointError(step), step being counted from 0, if a loss or a weight has become NaN or infinite."""
-    meter.read()
+    """What meter.read returns; raises FloatingPointError(step), from 0, if a loss or a weight has become NaN or infinite."""
+    figures = meter.read()
     if not all(v.isfinite().all() for v in model.state_dict().values()):
         raise FloatingPointError(meter.steps - 1)
+    return figures
 
 
 class Meter:
