@@ -1,4 +1,4 @@
-"""What a training step costs: the textbook implementation, ours with the same updates, and our fast settings.
+"""What a training step costs: the textbook implementation, ours with the same updates, and our faster settings.
 
     python bench.py                                  PGD-AT, PreActResNet-18
     python bench.py --trades --bn-mode eval
@@ -8,11 +8,12 @@
     gradients too, the attack's final loss, and two clean forwards with graph and an input gradient for the log. TRADES:
     the natural forward repeated in every attack step. Contiguous fp32.
 (b) ours, fp32: train_pgdat.py's or train_trades.py's own step, channels-last, with the same updates.
-(c) ours, fast: the same under --precision and --compile (on CUDA by default bf16, compiled, the attack in a CUDA graph; on
-    a CPU only if asked for: neither helps there).
+(c) ours, tf32: the scripts' default on CUDA, and measured there only.
+(d) ours, fast: under --precision and --compile (on CUDA by default bf16, compiled, the attack in a CUDA graph; on a CPU
+    only if asked for: neither helps there).
 
-First the three are made to take the same steps in float64, (a) and (b) with equal outcome, or nothing is timed. Then they
-take turns on one fixed batch; augmentation is timed by itself. FLOP are those that each of them executes.
+First (a) and (b) take three steps in float64 and must agree, or nothing is timed. Then the settings take turns on one fixed
+batch; augmentation is timed by itself. FLOP are those that each of them executes.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from utils import (
 )
 
 STEPS_PER_EPOCH, EPOCHS = 391, 110  # of the paper's runs: 50,000 images in batches of 128
+SQUARE = {"cpu": 2048, "cuda": 8192}  # rows of the matrices whose product is the ceiling
 TOLERANCE = 1e-9                    # between (a) and (b) in float64
 
 
@@ -90,7 +92,7 @@ def textbook_trades(model, optimizer, x, y, args, noise):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The three settings as functions of (x, y, noise)
+# The settings as functions of (x, y, noise)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +145,7 @@ def timed(function, device):
 
 def ceiling(device, dtype):
     """FLOP/s of the fastest of ten products of square matrices, under the precision that is set."""
-    n = 8192 if device.type == "cuda" else 2048
+    n = SQUARE[device.type]
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as the convolutions, which are what it is a ceiling of
     torch.mm(a, b)
@@ -184,7 +186,7 @@ def augmentation_seconds(batch_size, device):
 
 
 class Setting:
-    """One of (a), (b), (c): builds its model, warms it up, and measures its memory."""
+    """One of (a) to (d): builds its model, warms it up, and measures the memory of a step."""
 
     def __init__(self, name, precision, compile, options, script, args, device):
         self.name, self.precision = name, precision
@@ -204,12 +206,13 @@ class Setting:
         args = argparse.Namespace(**{**vars(args), "compile": compile})
         self.take = make() if name == "textbook" else ours(model, make_forward(model, precision, compile), script, args)
         self.device, self.seconds, self.peak = device, [], None
-        if device.type == "cuda":
-            before = torch.cuda.memory_allocated(device) - sum(t.nbytes for t in (*model.state_dict().values(), self.x))
-            torch.cuda.reset_peak_memory_stats(device)
+        weights = sum(t.nbytes for t in (*model.state_dict().values(), self.x))
+        before = torch.cuda.memory_allocated(device) - weights if device.type == "cuda" else 0
         for i in range(3 if device.type == "cuda" else 1):
             self.take(self.x, self.y, seeded(device, "warm-up", i))
         if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # the warm-up's holds the workspaces of cuDNN's search
+            self.take(self.x, self.y, seeded(device, "memory"))
             self.peak = torch.cuda.max_memory_allocated(device) - before
         self.ceiling = ceiling(device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
@@ -244,9 +247,9 @@ def parse_args():
     p.add_argument("--batch-size", type=number(2, kind=int), default=128, help="images a step (default: %(default)s)")
     p.add_argument("--trades", action="store_true", help="TRADES instead of PGD-AT")
     p.add_argument("--bn-mode", choices=("train", "eval"), help="batch norm while attacking (default: train; TRADES: eval)")
-    p.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="of (c) (default: bf16 on CUDA)")
-    p.add_argument("--compile", action="store_true", default=None, help="in (c) (default on CUDA)")
-    p.add_argument("--no-compile", dest="compile", action="store_false", help="not in (c)")
+    p.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="of (d) (default: bf16 on CUDA)")
+    p.add_argument("--compile", action="store_true", default=None, help="in (d) (default on CUDA)")
+    p.add_argument("--no-compile", dest="compile", action="store_false", help="not in (d)")
     p.add_argument("--rounds", type=number(1, kind=int), help="steps of each setting that count (default: 30, on a CPU 3)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
     p.add_argument("--json", metavar="FILE", help="write the figures there")
@@ -261,6 +264,7 @@ def main():
     precision = options.precision or ("bf16" if cuda else "fp32")
     compile = cuda if options.compile is None else options.compile
     set_precision(precision, device)  # refuses what this device cannot do
+    torch.backends.cudnn.benchmark = True  # for all settings alike
     script = train_trades if options.trades else train_pgdat
     args = script.parse_args(["--bn-mode", options.bn_mode] if options.bn_mode else [])
 
@@ -274,7 +278,9 @@ def main():
 
     common = (options, script, args, device)
     settings = [Setting("textbook", "fp32", False, *common), Setting("ours", "fp32", False, *common)]
-    if (precision, compile) != ("fp32", False):
+    if cuda:
+        settings.append(Setting("ours", "tf32", False, *common))
+    if (precision, compile) not in ((s.precision, False) for s in settings):
         settings.append(Setting("fast", precision, compile, *common))
     for i in range(options.rounds):
         for setting in settings:

@@ -18,7 +18,6 @@ import hashlib
 import importlib
 import json
 import logging
-import math
 import sys
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 
 import models
 from utils import (
-    InputError, Parser, clock, cw_loss, environment, evaluation_batch, fraction, fraction_text, join_processes,
+    InputError, Parser, clock, cw_loss, environment, fraction, fraction_text, join_processes,
     load_checkpoint, load_dataset, load_weights, make_forward, number, percent, pgd_evaluate, pick_device, progress_bar,
     rank, read_json, run_folder, run_script, set_precision, sum_over_ranks, to_float, world, write_json,
 )
@@ -68,8 +67,7 @@ def parse_args(argv=None):
     p.add_argument("--loss", choices=LOSSES, default="ce", help="and this loss (cw: the margin of Carlini & Wagner)")
 
     p.add_argument("--seed", type=number(0, kind=int), default=0, help="of the attacks (default: %(default)s)")
-    p.add_argument("--batch-size", type=number(1, kind=int),
-                   help="images a batch (default: up to 1000, what half of the GPU's free memory takes; 250 on the CPU)")
+    p.add_argument("--batch-size", type=number(1, kind=int), default=250, help="images a batch (default: %(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
     p.add_argument("--precision", choices=("fp32", "tf32"), help="fp32: strict; tf32: torch's own default (default on CUDA)")
     p.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
@@ -182,11 +180,6 @@ def padded(forward, batch_size):
         x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, size - len(x))) if size > len(x) else x
         return forward(x.contiguous(memory_format=torch.channels_last))
     return lambda x: call(x)[: len(x)]
-
-
-def interrupted_batch_size(path, args):
-    """Of the evaluation that goes on, even where another batch size would fill the device; None if none goes on."""
-    return read_json(path, {"identity": dict})["identity"].get("batch_size") if args.attacks and not args.overwrite and path.exists() else None
 
 
 def run_pgd(forward, images, labels, args, name, **attack):
@@ -332,7 +325,6 @@ def main():
                 "seed": args.seed, "precision": precision}
     identity = json.loads(json.dumps(identity))  # as it will be read back
     state_path = result_path.with_suffix(".state.json")
-    args.batch_size = args.batch_size or interrupted_batch_size(state_path, args) or evaluation_batch(model, device, at_most=min(1000, math.ceil(n / world())))
     forward = padded(make_forward(model, precision, compile=True), args.batch_size) if args.compile else model
     aa = AutoAttack(forward, eps, args.seed, device) if args.attacks else None
 

@@ -176,7 +176,7 @@ def test_dry_run_shows_the_whole_setting_and_needs_no_data(script, tmp_path, mon
     (("--epochs", "1.5"), "not a whole number"),
     (("--early-stop-pgd", "70", "40"), "rising"),
     (("--val", "96"), "leaves nothing to train on"),
-    (("--device", "cuda:9"), "device 'cuda:9' cannot be used"),
+    (("--device", "gpu"), "device 'gpu' is not auto, cpu, cuda or cuda:N"),
     (("--precision", "tf32", "--device", "cpu"), "CUDA only"),
     (("--optimizer", "adam", "--momentum", "0.5"), "--momentum has no effect with --optimizer adam"),
     (("--attack", "none", "--steps", "7"), "--steps has no effect with --attack none"),

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import models
 from utils import (
     OPTIMIZERS, SCHEDULES, InputError, Meter, Parser, Stopped, attack_mode, backward, batches, catch_signals, check_finite,
-    dataset_size, evaluation_batch, fraction, hold_out, join_processes, linf_step, load_dataset, make_forward,
+    dataset_size, fraction, hold_out, join_processes, linf_step, load_dataset, make_forward,
     make_optimizer, number, open_run, percent, pgd_evaluate, pick_device, progress_bar, rank, replayed, resolve, restore,
     run_folder, run_script, save_epoch, schedule, seeded, set_precision, share_statistics, show_epoch,
     show_progress, show_setting, split_model, stop_diverged, stop_if_asked, stop_interrupted, trim_log,
@@ -69,6 +69,7 @@ def make_parser():
     g = p.add_argument_group("run")
     g.add_argument("--eval-every", type=number(1, kind=int), default=1, metavar="EPOCHS",
                    help="test every so many epochs, and after the last (default: %(default)s)")
+    g.add_argument("--test-batch-size", type=number(1, kind=int), default=250, help="images a batch in the tests (default: %(default)s)")
     g.add_argument("--seed", type=number(0, kind=int), default=0, help="(default: %(default)s)")
     g.add_argument("--out", default=None, help="the run's folder (default: runs/ and what differs from the defaults)")
     g.add_argument("--resume", action="store_true", help="go on with the run in that folder, if there is one")
@@ -164,7 +165,7 @@ def test(model, forward, images, labels, args, epoch, prefix):
     """{prefix_clean, prefix_pgd10}: accuracies in per cent, under PGD-10 with steps of 2/255 whatever the training's."""
     with attack_mode(model, "eval"):
         clean, robust, _ = pgd_evaluate(forward, images, labels, eps=args.eps, seed=(args.seed, epoch),
-                                        batch_size=evaluation_batch(forward, images.device),
+                                        batch_size=args.test_batch_size,
                                         progress=lambda images: stop_if_asked())
     return {f"{prefix}_clean": percent(clean), f"{prefix}_pgd10": percent(robust)}
 

@@ -264,7 +264,7 @@ def classified_right(logits, y):
 
 
 def pgd_evaluate(forward, images, labels, *, eps, alpha=2 / 255, steps=10, restarts=1, loss=F.cross_entropy,
-                 seed=0, batch_size=500, progress=None):
+                 seed=0, batch_size=250, progress=None):
     """Which images are classified right: three (N,) bool tensors (clean, last, any), to be averaged into accuracies.
 
     The defaults are the paper's PGD-10; restarts=0 is clean accuracy alone. images (N, 32, 32, 3) uint8. `last`: the
@@ -299,24 +299,6 @@ def pgd_evaluate(forward, images, labels, *, eps, alpha=2 / 255, steps=10, resta
             if progress is not None:  # by all processes alike: it may wait for the others
                 progress(min(world() * batch_size, n - i))
     return tuple(sum_over_ranks(flags).bool())
-
-
-def evaluation_batch(forward, device, at_most=1000):
-    """How many images to evaluate at once: what half of the GPU's free memory takes, in steps of 50; 250 on the CPU.
-
-    Run it inside attack_mode(model, "eval"). Under torchrun, the least of the processes' figures.
-    """
-    if device.type != "cuda":
-        return min(250, at_most)
-    x = torch.zeros(50, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
-    torch.autograd.grad(forward(x).sum(), x)  # allocates what stays allocated
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    torch.autograd.grad(forward(x).sum(), x)
-    needed = max(torch.cuda.max_memory_allocated(device) - before, 1)  # bytes for 50 images
-    reusable = torch.cuda.memory_reserved(device) - before
-    fits = (torch.cuda.mem_get_info(device)[0] + reusable) // (2 * needed)
-    return -int(max_over_ranks(torch.tensor(-min(at_most, 50 * max(fits, 1)))))
 
 
 class Graphed:
@@ -569,22 +551,30 @@ def run_script(main):
 
 
 def pick_device(name):
-    """torch.device of "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ... Raises InputError if it is not here."""
+    """The torch.device of "auto" (a GPU if there is one), "cpu", "cuda" (the current one) or "cuda:N"; a GPU becomes the current one.
+
+    Raises InputError if it cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if not match:
         raise InputError(f"device {name!r} is not auto, cpu, cuda or cuda:N")
-    if under_torchrun() and name != "cpu":
-        if name != "cuda":
-            raise InputError(f"--device {name}: under torchrun every process takes a GPU of its own, give --device cuda or none")
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cpu":
+        return torch.device("cpu")
+    if under_torchrun() and name != "cuda":
+        raise InputError(f"--device {name}: under torchrun every process takes a GPU of its own, give --device cuda or none")
+    if not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch sees no GPU here")
+    index = os.environ["LOCAL_RANK"] if under_torchrun() else match[1] or torch.cuda.current_device()
+    device, n = torch.device("cuda", int(index)), torch.cuda.device_count()
+    if device.index >= n:
+        raise InputError(f"--device {device}: there is only cuda:0" + (f" to cuda:{n - 1}" if n > 1 else ""))
     try:
-        device = torch.device(name)
+        torch.cuda.set_device(device)  # streams and CUDA graphs are the current device's
         torch.zeros(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # streams and CUDA graphs are the current device's
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"device {name!r} cannot be used: {first_line(e)}") from None
+    except RuntimeError as e:  # out of memory, in exclusive use ...
+        raise InputError(f"--device {device} cannot be used: {first_line(e)}") from None
     return device
 
 
@@ -910,7 +900,7 @@ def run_name(prefix, args, parser):
 
 
 # Flags that say where and how a run happens, not what is trained: they may differ when it is resumed.
-NOT_A_SETTING = ("out", "resume", "data_dir", "device", "dry_run")
+NOT_A_SETTING = ("test_batch_size", "out", "resume", "data_dir", "device", "dry_run")
 
 
 def open_run(out, args, data_sha256, device):
