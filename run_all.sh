@@ -2,9 +2,10 @@
 # The manifest: every row of the paper, and the exact command behind it.
 #
 #   ./run_all.sh list [PATTERN]     the rows:  id | clean/PGD-10/AA of the paper | command     (e.g. list 't2-*')
-#   ./run_all.sh print ROW...       the commands that `run` would execute
+#   ./run_all.sh print ROW...       the commands that `run` executes, to be pasted into a shell
 #   ./run_all.sh run ROW...         train and evaluate them, one after the other, in runs/ROW; again: goes on, or says it is done
 #   ./run_all.sh run all            all of them, but for the quickstarts, x-tiny and the authors' released checkpoints
+#                                   (a row that fails is named at the end; the others are run all the same)
 #   ./run_all.sh count              how many rows and distinct runs there are
 #   SLURM_ARRAY_TASK_ID=7 ./run_all.sh run        the seventh distinct run (sbatch --array=1-N, one row a GPU)
 #
@@ -23,15 +24,15 @@ quickstart                          | -/-/-             | train_pgdat.py --model
 quickstart-trades                   | -/-/-             | train_trades.py --model tiny --dataset data/cifar10_mini.npz --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle ; eval_aa.py --n 100
 # Table 2: early-stopped attack, warm-up of the learning rate, warm-up of eps; ResNet-18.
 t2-base                             | 82.52/53.58/48.51 | train_pgdat.py
-t2-es-40-70                         | 86.52/52.65/46.6  | train_pgdat.py --early-stop-pgd 40 70
-t2-es-40-100                        | 86.56/53.22/46.04 | train_pgdat.py --early-stop-pgd 40 100
-t2-es-60-100                        | 85.67/52.90/45.96 | train_pgdat.py --early-stop-pgd 60 100
-t2-wulr-10                          | 82.45/53.43/48.26 | train_pgdat.py --warmup-lr 10
-t2-wulr-15                          | 82.64/53.29/48.12 | train_pgdat.py --warmup-lr 15
-t2-wulr-20                          | 82.31/53.35/48.37 | train_pgdat.py --warmup-lr 20
-t2-wueps-10                         | 82.64/53.65/48.44 | train_pgdat.py --warmup-eps 10
-t2-wueps-15                         | 82.75/53.27/48.17 | train_pgdat.py --warmup-eps 15
-t2-wueps-20                         | 82.78/53.62/48.48 | train_pgdat.py --warmup-eps 20
+t2-early-stop-40-70                 | 86.52/52.65/46.6  | train_pgdat.py --early-stop-pgd 40 70
+t2-early-stop-40-100                | 86.56/53.22/46.04 | train_pgdat.py --early-stop-pgd 40 100
+t2-early-stop-60-100                | 85.67/52.90/45.96 | train_pgdat.py --early-stop-pgd 60 100
+t2-warmup-lr-10                     | 82.45/53.43/48.26 | train_pgdat.py --warmup-lr 10
+t2-warmup-lr-15                     | 82.64/53.29/48.12 | train_pgdat.py --warmup-lr 15
+t2-warmup-lr-20                     | 82.31/53.35/48.37 | train_pgdat.py --warmup-lr 20
+t2-warmup-eps-10                    | 82.64/53.65/48.44 | train_pgdat.py --warmup-eps 10
+t2-warmup-eps-15                    | 82.75/53.27/48.17 | train_pgdat.py --warmup-eps 15
+t2-warmup-eps-20                    | 82.78/53.62/48.48 | train_pgdat.py --warmup-eps 20
 # Table 3: batch size, with the basic and the linearly scaled learning rate.
 t3-r18-b64                          | 80.08/51.31/-     | train_pgdat.py --batch-size 64
 t3-r18-b64-scaled                   | 82.44/52.48/-     | train_pgdat.py --batch-size 64 --lr 0.05
@@ -181,7 +182,7 @@ f4-wd5e-4                           | -/-/-             | train_pgdat.py --model
 # attack stops early. A method that does not stop early (train) is judged by its last checkpoint.
 s1-madry2018                        | -/-/-             | train_pgdat.py --epochs 200 --lr-decay-epochs 100 150 --wd 2e-4 ; eval_aa.py --which last
 s1-cai2018                          | -/-/-             | train_pgdat.py --epochs 300 --lr-decay-epochs 150 250 --batch-size 200 --wd 5e-4 --warmup-eps 15 ; eval_aa.py --which last
-s1-zhang2019b                       | -/-/-             | train_pgdat.py --epochs 76 --lr-decay-epochs 75 --wd 2e-4
+s1-zhang2019b                       | -/-/-             | train_pgdat.py --bn-mode eval --epochs 76 --lr-decay-epochs 75 --wd 2e-4
 s1-wang2019                         | -/-/-             | train_pgdat.py --lr 0.01 --epochs 120 --lr-decay-epochs 60 100 --wd 1e-4 --early-stop-pgd 40 70 ; eval_aa.py --which last
 s1-qin2019                          | -/-/-             | train_pgdat.py --epochs 110 --lr-decay-epochs 100 105 --batch-size 256 --wd 2e-4 --warmup-eps 15 ; eval_aa.py --which last
 s1-mao2019                          | -/-/-             | train_pgdat.py --epochs 80 --lr-decay-epochs 50 60 --batch-size 50 --wd 2e-4 ; eval_aa.py --which last
@@ -246,30 +247,18 @@ commands() {
     echo $python eval_aa.py "$out" $evaluate
 }
 
-# pass_on COMMAND...: executes it. A SIGTERM that only this script gets is passed on, so that a training run can save; a
-# Ctrl-C reaches the command by itself.
-pass_on() {
-    local child status
-    "$@" </dev/null &
-    child=$!
-    trap 'kill -TERM $child 2>/dev/null || true' TERM
-    trap : INT
-    while :; do  # a trapped signal ends `wait` early
-        status=0
-        wait $child || status=$?
-        kill -0 $child 2>/dev/null || break
-    done
-    trap - TERM INT
-    return $status
-}
-
-# run ROW[@SEED]: executes its commands; a failure ends the script.
+# run ROW[@SEED]: executes its commands up to the first that fails. No command outlives this script: it ends with a Ctrl-C,
+# which reaches it by itself, and with a SIGTERM, which is passed on. Its standard input is closed.
 run() {
-    local lines line
+    local lines line child=""
     lines=$(commands "$1")
+    trap 'kill $child 2>/dev/null; wait; exit 143' TERM
+    trap 'wait; exit 130' INT
     while IFS= read -r line; do
         echo "+ $line"
-        pass_on $line
+        (trap - INT; exec $line) </dev/null &  # a background job ignores Ctrl-C otherwise
+        child=$!
+        wait $child || return
     done <<<"$lines"
 }
 
@@ -301,9 +290,11 @@ case $action in
         [ $# -gt 0 ] || die "$action which row? ./run_all.sh list shows them"
         [ "$1" = all ] && set -- $(distinct)
         for row in "$@"; do commands "$row" >/dev/null; done  # all of them exist before the first is run
+        failed=""
         for row in "$@"; do
-            if [ "$action" = run ]; then run "$row"; else commands "$row"; fi
-        done ;;
+            if [ "$action" = print ]; then commands "$row"; else run "$row" || failed+=" $row (exit status $?)"; fi
+        done
+        [ -z "$failed" ] || { echo "run_all.sh: failed:$failed" >&2; exit 1; } ;;
     help | -h | --help)
         sed -n '2,/^$/{s/^# \{0,1\}//;p;}' "$0" ;;
     *)

@@ -1,14 +1,16 @@
-"""The real command lines, shrunk: every script from end to end on a CPU. The numerics are tested in tests/."""
+"""The real command lines, shrunk: every script end to end on a CPU. The numerics are tested in tests/."""
 
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import traceback
 from pathlib import Path
 
-from tests.conftest import ROOT, small_npz, script, spawn  # noqa: F401 (fixtures); first: it limits torch's threads
+# First, because conftest limits torch's threads.
+from tests.conftest import ROOT, script, small_npz, spawn  # noqa: F401 (fixtures)
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import torch
 
 import eval_aa
 import models
+import runs
 import train_pgdat
 import utils
 
@@ -24,7 +27,7 @@ TINY = ("--model", "tiny", "--batch-size", 48, "--lr", 0.05)
 
 @pytest.fixture
 def train(script, small_npz, tmp_path):
-    """train(*argv): two epochs of the tiny network on the small data, into tmp_path/run -> (status, stdout, stderr)."""
+    """train(*argv): two epochs of the tiny network, into tmp_path/run -> (status, stdout, stderr)."""
     def run(*argv, out=tmp_path / "run", epochs=2):
         return script(train_pgdat, *TINY, "--dataset", small_npz, "--epochs", epochs, "--out", out, *argv)
     return run
@@ -46,26 +49,35 @@ def test_a_run_and_its_evaluation(train, script, tmp_path):
     assert {p.name for p in run.iterdir()} == {"args.json", "log.jsonl", "last.pt", "best.pt", ".lock"}
 
     record = json.loads((run / "args.json").read_text())
-    assert record["args"]["ls"] == 0.1 and record["args"]["eps"] == 8 / 255 and record["command"][0] == "train_pgdat.py"
-    assert record["data_sha256"] and record["versions"]["torch"] == torch.__version__ and "git_commit" in record
+    assert record["args"]["ls"] == 0.1 and record["args"]["eps"] == 8 / 255
+    assert record["command"][0] == "train_pgdat.py"
+    assert record["data_sha256"] and record["versions"]["torch"] == torch.__version__
+    assert "git_commit" in record
     assert [e["epoch"] for e in log(run)] == [1, 2]
-    assert set(log(run)[0]) == {"epoch", "lr", "eps", "train_loss", "train_adv_acc", "train_clean_acc", "test_clean", "test_pgd10", "seconds"}
-    best = utils.load_checkpoint(run / "best.pt")
-    assert best["log"]["test_pgd10"] == max(e["test_pgd10"] for e in log(run)) and best["args"]["model"] == "tiny"
+    assert set(log(run)[0]) == {"epoch", "lr", "eps", "train_loss", "train_adv_acc", "train_clean_acc",
+                                "test_clean", "test_pgd10", "seconds"}
+    best = runs.load_checkpoint(run / "best.pt")
+    assert best["log"]["test_pgd10"] == max(e["test_pgd10"] for e in log(run))
+    assert best["args"]["model"] == "tiny"
 
-    status, out, err = script(eval_aa, run, "--n", 12, "--attacks", "apgd-ce,apgd-t", "--pgd-steps", 3, "--restarts", 2, "--loss", "cw")
+    status, out, err = script(eval_aa, run, "--n", 12, "--attacks", "apgd-ce,apgd-t", "--pgd-steps", 3,
+                              "--restarts", 2, "--loss", "cw")
     assert status == 0, err
     result = json.loads((run / "result.json").read_text())
-    assert result["aa"] is None and set(result["quick"]) == {"apgd-ce,apgd-t"} and "not AA" in out.splitlines()[-1]
-    assert result["n"] == 12 and result["epoch"] == best["epoch"] and result["pgd10_any"] <= result["pgd10"] <= result["clean"]
-    assert "pgd-cw-3x2" in result["attacks"] and set(result["stages"]) == {"pgd10", "pgd-cw-3x2", "apgd-ce,apgd-t"}
+    assert result["aa"] is None and set(result["quick"]) == {"apgd-ce,apgd-t"}
+    assert "not AA" in out.splitlines()[-1]
+    assert result["n"] == 12 and result["epoch"] == best["epoch"]
+    assert result["pgd10_worst"] <= result["pgd10"] <= result["clean"]
+    assert "pgd-cw-3x2" in result["attacks"]
+    assert set(result["stages"]) == {"pgd10", "pgd-cw-3x2", "apgd-ce,apgd-t"}
     assert result["stages"]["pgd10"]["versions"]["torch"] == torch.__version__
 
     before = (run / "result.json").read_text()
     for argv, problem in ((("--n", 13), "n was 12, is 13"), (("--n", 12, "--eps", "4/255"), "eps was")):
         status, out, err = script(eval_aa, run, "--attacks", "none", *argv)
         assert status == 2 and problem in err and (run / "result.json").read_text() == before
-    status, out, err = script(eval_aa, run, "--n", 12, "--attacks", "none")          # what is there is not done again
+    # what is there is not done again
+    status, out, err = script(eval_aa, run, "--n", 12, "--attacks", "none")
     assert status == 0 and json.loads((run / "result.json").read_text())["stages"] == result["stages"]
     status, out, err = script(eval_aa, run, "--n", 13, "--attacks", "none", "--overwrite")
     assert status == 0 and json.loads((run / "result.json").read_text())["n"] == 13
@@ -90,10 +102,13 @@ def test_every_trick_trains(train, tmp_path, flags):
     entries = log(tmp_path / "run")
     assert len(entries) == 2 and all(np.isfinite(e["train_loss"]) for e in entries)
     if "--val" in flags:
-        assert "80 training images (and 16 held out)" in out and "val_pgd10" in entries[0] and "test_pgd10" in entries[0]
-        assert utils.load_checkpoint(tmp_path / "run" / "best.pt")["log"]["val_pgd10"] == max(e["val_pgd10"] for e in entries)
+        assert "80 training images (and 16 held out)" in out and "val_pgd10" in entries[0]
+        assert "test_pgd10" in entries[0]
+        best = runs.load_checkpoint(tmp_path / "run" / "best.pt")["log"]
+        assert best["val_pgd10"] == max(e["val_pgd10"] for e in entries)
     if "none" in flags:
-        assert entries[1]["test_pgd10"] is None and entries[1]["train_adv_acc"] is None and entries[1]["train_clean_acc"] > 0
+        assert entries[1]["test_pgd10"] is None and entries[1]["train_adv_acc"] is None
+        assert entries[1]["train_clean_acc"] > 0
     if "--eval-every" in flags:
         assert "test_clean" not in entries[0] and "test_clean" in entries[1]
     if "--warmup-lr" in flags:
@@ -101,8 +116,10 @@ def test_every_trick_trains(train, tmp_path, flags):
 
 
 def test_compiled_training_takes_the_same_steps(train, tmp_path):
-    for name, flags in (("eager", ()), ("compiled", ("--compile",))):  # 40 images a batch, as in the test: few graphs to compile
-        status, _, err = train(*flags, "--bn-mode", "eval", "--bn-clean-passes", 0, "--val", 56, "--batch-size", 40, out=tmp_path / name, epochs=1)
+    # 40 images a batch, as in the test: few graphs to compile
+    for name, flags in (("eager", ()), ("compiled", ("--compile",))):
+        status, _, err = train(*flags, "--bn-mode", "eval", "--bn-clean-passes", 0, "--val", 56,
+                               "--batch-size", 40, out=tmp_path / name, epochs=1)
         assert status == 0, err
     eager, compiled = (log(tmp_path / n)[0] for n in ("eager", "compiled"))
     assert compiled["train_loss"] == pytest.approx(eager["train_loss"], rel=1e-3)
@@ -110,7 +127,7 @@ def test_compiled_training_takes_the_same_steps(train, tmp_path):
 
 @pytest.mark.parametrize("bn_mode", ["train", "eval"])
 def test_toggling_modes_compiles_nothing_anew(small_npz, monkeypatch, bn_mode):
-    """Whatever an epoch needs (attack, update and clean passes, in batches of 40 and 16; the test) is compiled in it, once."""
+    """Whatever an epoch needs, of batches of 40 and 16 images and a test of 40, is compiled in it, once."""
     compiled, compile = [], torch.compile
 
     def backend(graph, inputs):
@@ -120,32 +137,34 @@ def test_toggling_modes_compiles_nothing_anew(small_npz, monkeypatch, bn_mode):
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=backend, **options))
     torch._dynamo.reset()
     data = utils.load_dataset(small_npz)
-    args = train_pgdat.parse_args(["--model", "tiny", "--batch-size", "40", "--bn-mode", bn_mode, "--steps", "2", "--compile"])
+    flags = ("--model", "tiny", "--batch-size", "40", "--bn-mode", bn_mode, "--steps", "2", "--compile")
+    args = train_pgdat.parse_args(flags)
     model = models.build("tiny").to(memory_format=torch.channels_last)
-    forward = utils.make_forward(model, compile=True)
+    forward = runs.make_forward(model, compile=True)
     compiled.clear()
-    attack, optimizer = train_pgdat.make_attack(model, forward, args), utils.make_optimizer(model, "sgd", 0.1, 0)
-    assert attack.__closure__ and not any(isinstance(c.cell_contents, utils.Graphed) for c in attack.__closure__)  # no graphs on a CPU
+    optimizer = utils.make_optimizer(model, "sgd", 0.1, 0)
+    work = (model, forward, train_pgdat.make_attack(model, forward, args), optimizer)
     after = []
     for epoch in range(2):
-        train_pgdat.train_epoch(model, forward, attack, optimizer, data.train_images, data.train_labels, args, epoch, utils.Meter("cpu"))
+        train_pgdat.train_epoch(*work, data.train_images, data.train_labels, args, epoch)
         train_pgdat.test(model, forward, data.test_images, data.test_labels, args, epoch, "test")
         after.append(len(compiled))
-    # For both sizes: attack, update, clean passes, and in BN train mode the attack's last forward, without gradient. For the test
-    # of 40 images: with and without gradient, the former being the attack's in BN eval mode.
+    # For both sizes: attack, update, clean passes, and in BN train mode the attack's last forward, which
+    # needs no gradient. For the test of 40 images: with and without gradient, the former being the attack's
+    # in BN eval mode.
     assert after == [2 * 4 + 2 if bn_mode == "train" else 2 * 3 + 1] * 2
 
 
 def test_the_training_set_is_learnt(train, tmp_path):
-    """A few epochs fit 96 images far beyond chance, on clean and on adversarial images: the loop does learn."""
-    status, _, err = train("--epochs", 12, "--bn-mode", "eval", "--eps", "2/255", "--eval-every", 12, "--lr-schedule", "onecycle")
+    """A few epochs fit 96 images far beyond chance, on clean and on adversarial images: the loop does
+    learn."""
+    status, _, err = train("--epochs", 12, "--bn-mode", "eval", "--eps", "2/255", "--eval-every", 12,
+                           "--lr-schedule", "onecycle")
     assert status == 0, err
     assert log(tmp_path / "run")[-1]["train_adv_acc"] > 30
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Dry runs and bad input
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Dry runs and bad input --------------------------------------------------------------------------------
 
 
 def test_dry_run_shows_the_whole_setting_and_needs_no_data(script, tmp_path, monkeypatch):
@@ -154,7 +173,8 @@ def test_dry_run_shows_the_whole_setting_and_needs_no_data(script, tmp_path, mon
     assert status == 0, err
     for flag in vars(train_pgdat.parse_args([])):
         assert f"--{flag.replace('_', '-')} " in out
-    for fact in ("--eps               8/255", "--lr                0.1", "--out               runs/pgdat-ls0.1-bn-mode-eval",
+    for fact in ("--eps               8/255", "--lr                0.1",
+                 "--out               runs/pgdat-ls0.1-bn-mode-eval",
                  "50,000 training", "10,000 test", "11,172,170 parameters", "110 epochs of 391: 43,010"):
         assert fact in out, out
     assert list(tmp_path.iterdir()) == []
@@ -202,40 +222,60 @@ def test_decay_epochs_beyond_the_end_only_warn(train):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path, monkeypatch):
-    status, _, err = train("--lr", "1e30", "--activation", "elu", "--lr-decay-epochs", 1, "--lr-decay-factor", 1, "--warmup-lr", 0)
-    assert status == 1 and re.search(r"not finite at step \d of epoch 1, lr 1e\+30; there is no good checkpoint yet", err)
+    status, _, err = train("--lr", "1e30", "--activation", "elu", "--lr-decay-epochs", 1, "--lr-decay-factor",
+                           1)
+    assert status == 1 and len(err.splitlines()) == 1
+    assert re.search(r"stopped: .* not finite at .* of epoch 1; there is no good checkpoint yet", err)
     assert not (tmp_path / "run" / "last.pt").exists()
-    # and later, with a checkpoint to name: the second epoch starts with an absurd rate
-    flags = ("--lr", "1e-3", "--lr-decay-epochs", 1, "--activation", "elu", "--momentum", 0)
+    # And later, with a checkpoint to name: the second epoch starts with an absurd rate.
     monkeypatch.setattr(train_pgdat, "schedule", lambda t, args: (1e-3 if t < 1 else 1e30, args.eps))
-    monkeypatch.setattr(utils, "schedule", lambda t, args: (1e30, args.eps))
-    status, _, err = train(*flags, out=tmp_path / "later", epochs=2)
-    assert status == 1 and re.search(r"at step \d of epoch 2, lr 1e\+30; the last good checkpoint is .*last.pt, of epoch 1", err)
-    assert utils.load_checkpoint(tmp_path / "later" / "last.pt")["epoch"] == 1
+    status, _, err = train("--activation", "elu", "--momentum", 0, out=tmp_path / "later")
+    assert status == 1
+    assert re.search(r"of epoch 2; the last good checkpoint is .*last.pt, of epoch 1", err)
+    assert runs.load_checkpoint(tmp_path / "later" / "last.pt")["epoch"] == 1
+
+
+def test_weights_that_are_not_finite_are_never_saved(train, tmp_path, monkeypatch):
+    original = train_pgdat.test
+
+    def spoil(model, *args):
+        with torch.no_grad():
+            model.linear.bias[0] = float("nan")
+        return original(model, *args)
+
+    monkeypatch.setattr(train_pgdat, "test", spoil)
+    status, _, err = train()
+    assert status == 1 and "a weight is not finite at the end of epoch 1" in err
+    assert not list((tmp_path / "run").glob("*.pt"))
 
 
 @pytest.mark.parametrize("argv, problem", [
     (("nowhere",), "no such file: nowhere"),
     ((".",), "holds no best.pt"),
     (("foreign.pt",), "does not name its architecture: give --model"),
-    (("foreign.pt", "--model", "wrn-34-10"), "of another architecture: block1.layer.0.bn1.weight missing"),
-    (("foreign.pt", "--model", "tiny", "--no-normalize", "--mean", "0", "0", "0", "--std", "1", "1", "1"), "contradicts"),
+    (("foreign.pt", "--model", "wrn-34-10"), "of another architecture: Missing key(s)"),
+    (("foreign.pt", "--model", "tiny", "--no-normalize", "--mean", "0", "0", "0", "--std", "1", "1", "1"),
+     "contradicts"),
     (("foreign.pt", "--model", "tiny", "--n", "41"), "there are 40 test images"),
     (("foreign.pt", "--model", "tiny", "--attacks", "apgd-x"), "is not standard, none, or a list"),
     (("foreign.pt", "--model", "tiny", "--out", "result.pt"), "does not end in .json"),
-    (("foreign.pt", "--model", "tiny", "--out", "other.json", "--overwrite"), "other.json was not written by this program"),
+    (("foreign.pt", "--model", "tiny", "--out", "other.json", "--overwrite"),
+     "other.json was not written by this program"),
     (("cut.pt", "--model", "tiny"), "cut.pt"),
     (("nan.pt", "--model", "tiny"), "nan.pt holds NaN or infinite weights"),
 ])
-def test_bad_evaluations_get_one_line_and_leave_nothing(script, tmp_path, small_npz, monkeypatch, argv, problem):
+def test_bad_evaluations_get_one_line_and_leave_nothing(script, tmp_path, small_npz, monkeypatch, argv,
+                                                        problem):
     monkeypatch.chdir(tmp_path)
     torch.save(models.build("tiny").state_dict(), "foreign.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "foreign.pt").read_bytes()[:9999])
-    torch.save({k: v * float("nan") if k == "conv1.weight" else v for k, v in models.build("tiny").state_dict().items()}, "nan.pt")
+    state = models.build("tiny").state_dict()
+    torch.save({**state, "conv1.weight": state["conv1.weight"] * float("nan")}, "nan.pt")
     (tmp_path / "other.json").write_text("{}")
     status, _, err = script(eval_aa, *argv, "--dataset", small_npz)
     assert status == 2 and problem in err and len(err.splitlines()) == 1, err
-    assert {p.name for p in tmp_path.iterdir()} <= {"foreign.pt", "cut.pt", "nan.pt", "other.json", ".other.lock"}
+    assert {p.name for p in tmp_path.iterdir()} <= {"foreign.pt", "cut.pt", "nan.pt", "other.json",
+                                                    ".other.lock"}
     assert (tmp_path / "other.json").read_text() == "{}"
 
 
@@ -244,11 +284,15 @@ def test_anyones_checkpoint(script, tmp_path, small_npz):
     torch.manual_seed(3)
     model = models.build("tiny").eval()
     data = utils.load_dataset(small_npz)
-    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "theirs.pt")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}},
+               tmp_path / "theirs.pt")
     x = utils.to_float(data.test_images)
     for flags, shown in ((("--no-normalize",), x), (("--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.2, 0.1),
-                         (x - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.2, 0.1]).view(3, 1, 1))):
-        status, out, err = script(eval_aa, tmp_path / "theirs.pt", "--model", "tiny", *flags, "--dataset", small_npz, "--attacks", "none",
+                         (x - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.2,
+                                                                                           0.1]).view(3, 1,
+                                                                                                      1))):
+        status, out, err = script(eval_aa, tmp_path / "theirs.pt", "--model", "tiny", *flags, "--dataset",
+                                  small_npz, "--attacks", "none",
                                   "--out", tmp_path / f"{len(flags)}.json")
         assert status == 0, err
         result = json.loads((tmp_path / f"{len(flags)}.json").read_text())
@@ -256,20 +300,21 @@ def test_anyones_checkpoint(script, tmp_path, small_npz):
         assert result["eps"] == 8 / 255 and result["precision"] == "fp32"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Interrupted runs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Interrupted runs --------------------------------------------------------------------------------------
 
 
+def train_with_signals(tmp_path, *kills):
+    """Run train_pgdat.py's main once for each kill, (argv, where, function, number, signal).
 
-def train_with_signals(tmp_path, *runs):
-    """Runs train_pgdat.py's main once for each of `runs`, (argv, where, function, number, signal): it gets that signal at that
-    call of that function, before, half through, or after. Returns [(exit status, output)], a negative status being the signal
-    that killed it. All are forks of one process that has imported everything, which is much quicker than so many starts."""
-    jobs = [([str(a) for a in argv], *rest, str(tmp_path / f"output{i}")) for i, (argv, *rest) in enumerate(runs)]
+    The process gets the signal at that call of that function: before it, half through it, or after it. All
+    processes are forks of one that has imported everything, which is much quicker than so many starts.
+    Returns [(exit status, output)]; a negative status is the signal that killed it.
+    """
+    jobs = [([str(a) for a in argv], *rest, str(tmp_path / f"output{i}")) for i,
+            (argv, *rest) in enumerate(kills)]
     done = spawn(sys.executable, "-c", f"import test_smoke; test_smoke.fork_each({jobs!r})")
     assert done.returncode == 0, done.stderr
-    return [(int(status), Path(job[-1]).read_text()) for status, job in zip(done.stdout.split(), jobs, strict=True)]
+    return [(int(s), Path(job[-1]).read_text()) for s, job in zip(done.stdout.split(), jobs, strict=True)]
 
 
 def fork_each(jobs):
@@ -282,7 +327,7 @@ def fork_each(jobs):
             status = 99
             try:
                 send_signal_at(where, function, number, signal_number)
-                utils.run_script(train_pgdat.main)
+                runs.run_script(train_pgdat.main)
                 status = 0
             except SystemExit as e:
                 status = e.code
@@ -294,7 +339,7 @@ def fork_each(jobs):
 
 
 def send_signal_at(where, function, number, signal_number):
-    module = train_pgdat if function == "train_step" else utils
+    module = train_pgdat if function in ("train_step", "test") else runs
     original, calls = getattr(module, function), []
 
     def send():
@@ -314,83 +359,99 @@ def send_signal_at(where, function, number, signal_number):
 
     def wrapped(*args, **kwargs):
         calls.append(1)
-        if len(calls) == number and where == "before":
+        due = len(calls) == number
+        if due and where == "before":
             send()
-        if len(calls) == number and where == "half" and function == "append_log":
+        if due and where == "half" and function == "append_line":
             with open(args[0], "a") as f:
                 f.write('{"epoch": 9, "lr')
             send()
-        if len(calls) == number and where == "half" and function == "save_checkpoint":
-            write_atomically = utils.write_atomically
-            utils.write_atomically = lambda path, write: write_atomically(path, lambda f: write(HalfFile(f)))
+        if due and where == "half" and function == "save_checkpoint":
+            whole = runs.write_atomically
+            runs.write_atomically = lambda path, write: whole(path, lambda f: write(HalfFile(f)))
         result = original(*args, **kwargs)
-        if len(calls) == number and where == "after":
+        if due and where == "after":
             send()
         return result
 
     setattr(module, function, wrapped)
 
 
-KILLS = [
-    ("before", "train_step", 2),        # in the middle of the first epoch: no checkpoint yet
-    ("before", "train_step", 4),        # in the middle of the second
-    ("half", "save_checkpoint", 1),     # while the first checkpoint of this process is being written
-    ("half", "append_log", 1),          # a torn line
-    ("after", "append_log", 1),         # the line is there, the checkpoint is not
-    ("before", "save_checkpoint", 2),   # between best.pt, if it improved, and last.pt
-    ("after", "save_checkpoint", 2),
+KILLS = [  # in turn, of one run
+    ("before", "train_step", 2, signal.SIGKILL),       # in the middle of the first epoch: no checkpoint yet
+    ("before", "train_step", 4, signal.SIGTERM),       # in the middle of the second
+    # while the first checkpoint of this process is being written
+    ("half", "save_checkpoint", 1, signal.SIGKILL),
+    ("after", "test", 1, signal.SIGINT),
+    ("half", "append_line", 1, signal.SIGKILL),        # a torn line
+    ("after", "append_line", 1, signal.SIGTERM),       # the line is there, the checkpoint is not
+    # between last.pt and, if the epoch was the best, best.pt
+    ("before", "save_checkpoint", 2, signal.SIGKILL),
+    ("after", "save_checkpoint", 2, signal.SIGINT),
 ]
+# The sweep: every function at every call that a run of four epochs makes of it, in a run of its own each.
+SWEEP = [(where, function, number, signal.SIGKILL)
+         for function, calls in (("train_step", 8), ("test", 8), ("append_line", 4), ("save_checkpoint", 6))
+         for number in range(1, calls + 1)
+         for where in (("before", "after") if function in ("train_step", "test") else ("before", "half",
+                                                                                       "after"))]
+
+
+def same_run(a, b):
+    """Whether two folders hold the same weights in best.pt and last.pt, and the same log."""
+    for name in ("last.pt", "best.pt"):
+        one, other = (runs.load_checkpoint(folder / name) for folder in (a, b))
+        assert one["epoch"] == other["epoch"]
+        assert all(torch.equal(one["state_dict"][k], other["state_dict"][k]) for k in one["state_dict"])
+    assert without_times(log(a)) == without_times(log(b))
+
+
+FLAGS = ("--bn-mode", "eval", "--optimizer", "sgd-gc", "--warmup-lr", 1, "--val", 10, "--early-stop-pgd", 1,
+         2,
+         "--steps", 3)
 
 
 def test_a_run_killed_at_any_moment_ends_bit_identical(train, small_npz, tmp_path):
-    flags = ("--bn-mode", "eval", "--optimizer", "sgd-gc", "--warmup-lr", 1, "--val", 10, "--early-stop-pgd", 1, 2, "--steps", 3)
-    status, _, err = train(*flags, out=tmp_path / "whole", epochs=4)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    status, _, err = train(*FLAGS, out=whole, epochs=4)
     assert status == 0, err
-    cut = tmp_path / "cut"
-    argv = [*TINY, "--dataset", small_npz, "--epochs", 4, "--out", cut, "--resume", *flags]
-    for (status, output), kill in zip(train_with_signals(tmp_path, *((argv, *kill, int(signal.SIGKILL)) for kill in KILLS)), KILLS, strict=True):
-        assert status == -signal.SIGKILL, (kill, output)
-    status, out, err = train(*flags, "--resume", out=cut, epochs=4)
+    argv = [*TINY, "--dataset", small_npz, "--epochs", 4, "--out", cut, "--resume", *FLAGS]
+    done = train_with_signals(tmp_path, *((argv, *kill[:-1], int(kill[-1])) for kill in KILLS))
+    for (status, output), kill in zip(done, KILLS, strict=True):
+        assert status == (130 if kill[-1] == signal.SIGINT else -kill[-1]), (kill, output)
+        assert "Traceback" not in output
+        if kill[-1] == signal.SIGINT:
+            command = output.splitlines()[-1].partition("interrupted; to go on: ")[2]
+            assert command.startswith("python train_pgdat.py --model tiny") and command.count("--resume") == 1
+    status, out, err = train(*FLAGS, "--resume", out=cut, epochs=4)
     assert status == 0, err
-
-    for name in ("last.pt", "best.pt"):
-        a, b = (utils.load_checkpoint(tmp_path / d / name) for d in ("whole", "cut"))
-        assert a["epoch"] == b["epoch"] and all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
-    assert without_times(log(cut)) == without_times(log(tmp_path / "whole"))
+    same_run(whole, cut)
     before = (cut / "last.pt").read_bytes()
-    status, out, err = train(*flags, "--resume", out=cut, epochs=4)  # finished: says so, and trains no more
+    status, out, err = train(*FLAGS, "--resume", out=cut, epochs=4)  # finished: says so, and trains no more
     assert status == 0 and "has finished" in out and (cut / "last.pt").read_bytes() == before
 
 
-def test_a_signal_stops_a_run_at_the_next_step_and_it_goes_on_from_there(train, small_npz, tmp_path):
-    flags = ("--bn-mode", "eval", "--warmup-eps", 1, "--steps", 3)
-    status, _, err = train(*flags, out=tmp_path / "whole", epochs=3)
-    assert status == 0, err
-    cut, steps = tmp_path / "cut", 2  # 96 images
-    argv = [*TINY, "--dataset", small_npz, "--epochs", 3, "--out", cut, "--resume", *flags]
-    first, second, third = train_with_signals(
-        tmp_path,
-        (argv, "before", "train_step", 1, int(signal.SIGTERM)),  # the step under way is finished
-        (argv, "after", "train_step", 2, int(signal.SIGINT)),    # its second: one of the first epoch was left to it
-        (argv, "after", "pgd", 1, int(signal.SIGTERM)))          # in the test at the end of the second epoch
-    assert first[0] == 143 and "stopped by SIGTERM after 1 steps of epoch 1;" in first[1], first[1]
-    assert second[0] == 130 and "stopped by SIGINT after 1 steps of epoch 2;" in second[1], second[1]
-    assert third[0] == 143 and f"stopped by SIGTERM after {steps} steps of epoch 2;" in third[1], third[1]
-    assert (cut / "interrupted.pt").exists()
-    status, out, err = train(*flags, "--resume", out=cut, epochs=3)
-    assert status == 0 and f"going on with {cut} after epoch 1, step {steps}" in out, err
-    a, b = (utils.load_checkpoint(tmp_path / d / "last.pt") for d in ("whole", "cut"))
-    assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
-    assert without_times(log(cut)) == without_times(log(tmp_path / "whole")) and not (cut / "interrupted.pt").exists()
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", SWEEP, ids=lambda k: "-".join(map(str, k[:3])))
+def test_a_sweep_of_kills(train, small_npz, tmp_path_factory, tmp_path, kill):
+    whole, cut = tmp_path_factory.getbasetemp() / "sweep", tmp_path / "cut"
+    if not whole.exists():
+        assert train(*FLAGS, out=whole, epochs=4)[0] == 0
+    argv = [*TINY, "--dataset", small_npz, "--epochs", 4, "--out", cut, "--resume", *FLAGS]
+    (status, output), = train_with_signals(tmp_path, (argv, *kill[:-1], int(kill[-1])))
+    assert status in (-signal.SIGKILL, 0), output  # 0: that epoch was not the best, so the call was not made
+    assert train(*FLAGS, "--resume", out=cut, epochs=4)[0] == 0
+    same_run(whole, cut)
 
 
 def test_resume_with_other_arguments_is_refused(train, tmp_path):
     assert train("--wd", "1e-4", epochs=1)[0] == 0
     files = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     status, _, err = train("--wd", "2e-4", "--ls", 0.1, "--resume", epochs=1)
-    assert status == 2 and "--ls was 0, is 0.1; --wd was 0.0001, is 0.0002" in err and len(err.splitlines()) == 1
+    assert status == 2 and "--ls was 0, is 0.1; --wd was 0.0001, is 0.0002" in err
+    assert len(err.splitlines()) == 1
     status, _, err = train("--wd", "1e-4", epochs=1)
-    assert status == 2 and "already holds a run: add --resume" in err
+    assert status == 2 and "already holds a run: --resume" in err
     assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == files
 
 
@@ -412,8 +473,87 @@ def test_folders_and_checkpoints_that_are_not_this_runs_are_refused(train, tmp_p
     assert status == 2 and "file" in err and len(err.splitlines()) == 1
 
 
+def test_settings_that_an_older_run_does_not_know_have_their_defaults(train, tmp_path):
+    """An args.json and checkpoints written before --ls existed go on where --ls is 0, and only there."""
+    assert train(epochs=1)[0] == 0
+    run = tmp_path / "run"
+    record = json.loads((run / "args.json").read_text())
+    del record["args"]["ls"]
+    (run / "args.json").write_text(json.dumps(record))
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    del checkpoint["args"]["ls"]
+    torch.save(checkpoint, run / "last.pt")
+    status, _, err = train("--resume", epochs=1)
+    assert status == 0, err
+    status, _, err = train("--resume", "--ls", 0.1, epochs=1)
+    assert status == 2 and "--ls was 0, is 0.1" in err
+
+
 def test_two_processes_cannot_train_into_one_folder(train, tmp_path):
-    with utils.run_folder(tmp_path / "run"):
+    with runs.locked_folder(tmp_path / "run"):
         status, _, err = train("--resume")
     assert status == 2 and "another process is working in" in err
     assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_file_system_without_locks_is_no_obstacle(train, monkeypatch):
+    def flock(*args):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    status, out, _ = train(epochs=1)
+    assert status == 0 and out.count("cannot be locked (Operation not supported)") == 1
+
+
+# ---- A researcher's copy -----------------------------------------------------------------------------------
+
+
+def three_classes(path):
+    rng = np.random.default_rng(0)
+    sizes = {"train": 24, "test": 9}
+    np.savez(path, **{f"{s}_images": rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for s,
+                      n in sizes.items()},
+             **{f"{s}_labels": np.arange(n) % 3 for s, n in sizes.items()})
+
+
+def test_four_copied_names_train_on_data_of_ones_own(tmp_path):
+    for name in ("train_pgdat.py", "utils.py", "runs.py", "models"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    three_classes(tmp_path / "mine.npz")
+    done = spawn(sys.executable, "train_pgdat.py", *TINY, "--dataset", "mine.npz", "--epochs", 1, "--out",
+                 "run",
+                 cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert runs.load_checkpoint(tmp_path / "run" / "best.pt")["num_classes"] == 3
+
+
+OWN_LOOP = """
+import torch, models
+from utils import attack_mode, batches, load_dataset, make_optimizer, pgd, random_start, seeded
+from utils import smoothed_cross_entropy
+
+data = load_dataset("mine.npz")
+model = models.build("tiny", data.num_classes, normalize=models.CIFAR_NORMALIZE)
+optimizer, noise = make_optimizer(model, "sgd", lr=0.05, wd=5e-4), seeded("cpu", "noise")
+for x, y in batches(data.train_images, data.train_labels, 8, seeded("cpu", "order"), padding="reflect"):
+    with attack_mode(model, "eval"):
+        x_adv = pgd(model, x, y, random_start(x, 8 / 255, noise), eps=8 / 255, alpha=2 / 255, steps=10)
+    optimizer.zero_grad()
+    smoothed_cross_entropy(model(x_adv), y, smoothing=0.1).backward()
+    optimizer.step()
+"""
+
+
+def test_utils_and_models_alone_serve_a_loop_of_ones_own(tmp_path):
+    shutil.copytree(ROOT / "models", tmp_path / "models")
+    shutil.copy(ROOT / "utils.py", tmp_path)
+    three_classes(tmp_path / "mine.npz")
+    (tmp_path / "mine.py").write_text(OWN_LOOP + "import sys; assert 'runs' not in sys.modules\n")
+    done = spawn(sys.executable, "mine.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_science_knows_no_machinery():
+    imports = re.findall(r"^(?:import|from) (\w+)", (ROOT / "utils.py").read_text(), re.M)
+    assert set(imports) <= {"contextlib", "hashlib", "math", "pathlib", "typing", "numpy", "torch"}
+    assert not re.search(r"\b(rank|world|argv|distributed)\b", (ROOT / "utils.py").read_text())

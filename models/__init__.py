@@ -4,7 +4,8 @@
     logits = model(x)          # x (B, 3, 32, 32) in [0, 1] -> logits (B, num_classes)
 
 State-dict names follow kuangliu/pytorch-cifar and yaodongyu/TRADES, so that checkpoints which the field has
-released load with strict=True. "ResNet-18" in Pang et al. 2021 is the *pre-activation* one, `preactresnet-18`.
+released load with strict=True. "ResNet-18" in Pang et al. 2021 is the *pre-activation* one,
+`preactresnet-18`.
 """
 
 import difflib
@@ -25,7 +26,8 @@ from .wideresnet import WideResNet
 
 # Hyper-parameters of Table 6: those that Xie et al. (2020) recommend on ImageNet.
 ACTIVATIONS = {
-    "relu": partial(nn.ReLU, inplace=True),   # in place: every activation here follows a layer that does not need its output
+    # in place: every activation here follows a layer that does not need its output
+    "relu": partial(nn.ReLU, inplace=True),
     "leakyrelu": partial(nn.LeakyReLU, 0.1),
     "elu": partial(nn.ELU, 1.0),
     "celu": partial(nn.CELU, 1.2),
@@ -41,7 +43,8 @@ MODELS = {
     "preactresnet-50": partial(PreActResNet, PreActBottleneck, (3, 4, 6, 3)),
     "wrn-34-10": partial(WideResNet, 34, 10),
     "wrn-34-20": partial(WideResNet, 34, 20),
-    "resnet-18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),  # post-activation: for comparison, and for others' checkpoints
+    # post-activation: for comparison, and for others' checkpoints
+    "resnet-18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
     "resnet-50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
     "senet-18": partial(SENet, (2, 2, 2, 2)),
     "densenet-121": partial(DenseNet, (6, 12, 24, 16), 32),
@@ -56,7 +59,7 @@ MODELS = {
     "tiny": partial(PreActResNet, PreActBlock, (1, 1, 1, 1), width=16, stem_stride=2),
 }
 
-# Channel means and standard deviations of the CIFAR-10 training set, as PGD-AT's code normalises (TRADES does not).
+# Channel means and standard deviations of CIFAR-10's training set. PGD-AT normalises by them, TRADES by none.
 CIFAR_NORMALIZE = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 
 
@@ -75,9 +78,9 @@ class Normalize(nn.Module):
 def build(name, num_classes=10, activation="relu", normalize=None):
     """A freshly initialised model that maps x (B, 3, 32, 32) in [0, 1] to logits (B, num_classes).
 
-    name: a key of MODELS; activation: a key of ACTIVATIONS; normalize: None or (mean, std), three floats each,
-    applied inside the model so that attacks live in [0, 1] (Pang et al.'s PGD-AT: CIFAR_NORMALIZE; TRADES: None).
-    Raises ValueError for an unknown name.
+    name: a key of MODELS; activation: a key of ACTIVATIONS; normalize: None or (mean, std), three floats
+    each, applied inside the model so that attacks live in [0, 1] (Pang et al.'s PGD-AT: CIFAR_NORMALIZE;
+    TRADES: None). Raises ValueError for an unknown name.
     """
     for what, key, known in (("model", name, MODELS), ("activation", activation, ACTIVATIONS)):
         if key not in known:

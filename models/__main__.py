@@ -7,9 +7,9 @@ from . import MODELS, build
 
 # "Number of parameters" in Table 11; in truth the size of a checkpoint file in MB.
 TABLE_11 = {
-    "densenet-121": 28.29, "densenet-201": 73.55, "regnetx-200mf": 9.42, "regnetx-400mf": 19.34, "dpn-26": 46.47,
-    "dpn-92": 137.50, "preactresnet-18": 44.70, "preactresnet-50": 94.28, "googlenet": 24.81, "resnext-29": 36.65,
-    "senet-18": 45.09, "wrn-34-10": 193.20,
+    "densenet-121": 28.29, "densenet-201": 73.55, "regnetx-200mf": 9.42, "regnetx-400mf": 19.34,
+    "dpn-26": 46.47, "dpn-92": 137.50, "preactresnet-18": 44.70, "preactresnet-50": 94.28, "googlenet": 24.81,
+    "resnext-29": 36.65, "senet-18": 45.09, "wrn-34-10": 193.20,
 }
 
 
@@ -29,7 +29,7 @@ class Counter:
 def checkpoint_mb(name):
     """Size in MB (1e6 bytes) of the file that torch.save makes of the state dict.
 
-    For wrn-34-10 the block that the field's checkpoints carry and no forward pass uses, sub_block1, is counted as well.
+    wrn-34-10's includes sub_block1, a block that the field's checkpoints carry and no forward pass uses.
     """
     with torch.device("meta"):
         state = build(name).state_dict()
@@ -55,7 +55,8 @@ def main():
         size, paper = checkpoint_mb(name), TABLE_11.get(name)
         beside = f"{paper:8.2f}   {100 * (size / paper - 1):+8.2f} %" if paper else f"{'-':>8}   {'-':>8}  "
         note = "   (with sub_block1, which no forward uses)" if name == "wrn-34-10" else ""
-        print(f"{name:16} {parameters / 1e6:14.2f}   {size:15.2f}   {beside}   {multiply_adds(name) / 1e9:17.3f}{note}")
+        cost = multiply_adds(name) / 1e9
+        print(f"{name:16} {parameters / 1e6:14.2f}   {size:15.2f}   {beside}   {cost:17.3f}{note}")
 
 
 if __name__ == "__main__":

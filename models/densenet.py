@@ -1,5 +1,5 @@
-"""DenseNets (Huang et al., 2017), bottlenecked and halving the channels between stages; names and layers as in
-kuangliu/pytorch-cifar.
+"""DenseNets (Huang et al., 2017), bottlenecked and halving the channels between stages; names and layers as
+in kuangliu/pytorch-cifar.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class Bottleneck(nn.Module):
-    """BN - act - conv1x1 - BN - act - conv3x3; the growth_rate new channels come before those of the input."""
+    """BN - act - conv1x1 - BN - act - conv3x3; the growth_rate new channels come before the input's."""
 
     def __init__(self, in_planes, growth_rate, act):
         super().__init__()

@@ -7,8 +7,8 @@ from torch import nn
 class Bottleneck(nn.Module):
     """conv1x1 - BN - act - conv3x3 in 32 groups - BN - act - conv1x1 - BN, joined to the shortcut, then act.
 
-    The first out_planes channels are added to those of the shortcut, as in a ResNet; the other `dense` ones are
-    appended after the shortcut's, as in a DenseNet. The shortcut of a stage's first block is a projection.
+    The first out_planes channels are added to those of the shortcut, as in a ResNet; the other `dense` ones
+    are appended after the shortcut's, as in a DenseNet. A stage's first block has a projection as shortcut.
     """
 
     def __init__(self, in_planes, planes, out_planes, dense, stride, first, act):
@@ -24,7 +24,8 @@ class Bottleneck(nn.Module):
         self.shortcut = nn.Identity()
         if first:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_planes, out_planes + dense, 1, stride, bias=False), nn.BatchNorm2d(out_planes + dense)
+                nn.Conv2d(in_planes, out_planes + dense, 1, stride, bias=False),
+                nn.BatchNorm2d(out_planes + dense),
             )
 
     def forward(self, x):

@@ -1,7 +1,7 @@
 """GoogLeNet (Szegedy et al., 2015); names and layers as in kuangliu/pytorch-cifar.
 
-That is with BN after every convolution (which keeps its bias), two 3x3 convolutions for each 5x5 one, one layer as
-the stem, and no auxiliary classifiers.
+That is with BN after every convolution (which keeps its bias), two 3x3 convolutions for each 5x5 one, one
+layer as the stem, and no auxiliary classifiers.
 """
 
 import torch
@@ -49,7 +49,7 @@ class Inception(nn.Module):
 
 
 class GoogLeNet(nn.Module):
-    """x (B, 3, 32, 32) in [0, 1] -> logits (B, num_classes). Stages 3, 4 and 5 of 2, 5 and 2 inception modules."""
+    """x (B, 3, 32, 32) in [0, 1] -> logits (B, num_classes). Stages 3 to 5 have 2, 5, 2 inception modules."""
 
     def __init__(self, num_classes, act):
         super().__init__()

@@ -31,7 +31,7 @@ class PreActBlock(nn.Module):
 
 
 class PreActBottleneck(nn.Module):
-    """BN - act - conv1x1 - BN - act - conv3x3 - BN - act - conv1x1 (four times as wide), plus the shortcut."""
+    """BN - act - conv1x1 - BN - act - conv3x3 - BN - act - conv1x1 (four times as wide), plus shortcut."""
 
     expansion = 4
 

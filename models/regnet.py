@@ -1,5 +1,5 @@
-"""RegNetX (Radosavovic et al., 2020); names and layers as in kuangliu/pytorch-cifar, whose stem has 64 channels and
-stride 1 and whose first two stages keep the 32x32 resolution.
+"""RegNetX (Radosavovic et al., 2020); names and layers as in kuangliu/pytorch-cifar, whose stem has 64
+channels and stride 1 and whose first two stages keep the 32x32 resolution.
 """
 
 from torch import nn
@@ -19,7 +19,8 @@ class Block(nn.Module):
         self.act = act()
         self.shortcut = nn.Identity()
         if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False),
+                                          nn.BatchNorm2d(planes))
 
     def forward(self, x):
         out = self.act(self.bn1(self.conv1(x)))

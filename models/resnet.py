@@ -1,4 +1,5 @@
-"""Post-activation ResNets (He et al., 2016, "Deep residual learning"); names and layers as in kuangliu/pytorch-cifar.
+"""Post-activation ResNets (He et al., 2016, "Deep residual learning"); names and layers as in
+kuangliu/pytorch-cifar.
 
 Not the "ResNet" of Pang et al. (2021): that is in preactresnet.py.
 """
@@ -27,7 +28,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """conv1x1 - BN - act - conv3x3 - BN - act - conv1x1 (four times as wide) - BN, plus the shortcut, then act."""
+    """conv1x1 - BN - act - conv3x3 - BN - act - conv1x1 (four times as wide) - BN, plus shortcut, act."""
 
     expansion = 4
 

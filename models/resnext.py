@@ -1,10 +1,10 @@
-"""ResNeXts (Xie et al., 2017); names and layers as in kuangliu/pytorch-cifar, whose stem is a 1x1 convolution."""
+"""ResNeXts (Xie et al., 2017); names and layers as in kuangliu/pytorch-cifar, with a 1x1 stem."""
 
 from torch import nn
 
 
 class Block(nn.Module):
-    """conv1x1 - BN - act - grouped conv3x3 - BN - act - conv1x1 (twice as wide) - BN, plus the shortcut, then act."""
+    """conv1x1 - BN - act - grouped conv3x3 - BN - act - conv1x1 (twice as wide) - BN, plus shortcut, act."""
 
     def __init__(self, in_planes, planes, groups, stride, act):
         super().__init__()

@@ -1,5 +1,6 @@
 """Squeeze-and-excitation networks (Hu et al., 2018) of pre-activation blocks; names and layers as in
-kuangliu/pytorch-cifar, so with BN and activation after the stem and, unlike preactresnet.py, none before the pooling.
+kuangliu/pytorch-cifar, so with BN and activation after the stem and, unlike preactresnet.py, none before the
+pooling.
 """
 
 from torch import nn

@@ -1,7 +1,7 @@
 """Wide ResNets (Zagoruyko & Komodakis, 2016) without dropout; names and layers as in yaodongyu/TRADES.
 
-Released WRN checkpoints also carry `sub_block1.*`, a block that no forward pass uses: drop those keys on loading
-(utils.load_checkpoint does).
+Released WRN checkpoints also carry `sub_block1.*`, a block that no forward pass uses: drop those keys on
+loading (runs.load_checkpoint does).
 """
 
 import math
@@ -19,7 +19,8 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_planes)
         self.conv2 = nn.Conv2d(out_planes, out_planes, 3, padding=1, bias=False)
         self.act = act()
-        self.convShortcut = None if in_planes == out_planes else nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
+        same = in_planes == out_planes
+        self.convShortcut = None if same else nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
 
     def forward(self, x):
         out = self.act(self.bn1(x))
@@ -36,7 +37,8 @@ class NetworkBlock(nn.Module):
     def __init__(self, n, in_planes, out_planes, stride, act):
         super().__init__()
         self.layer = nn.Sequential(
-            *(BasicBlock(in_planes if i == 0 else out_planes, out_planes, stride if i == 0 else 1, act) for i in range(n))
+            BasicBlock(in_planes, out_planes, stride, act),
+            *(BasicBlock(out_planes, out_planes, 1, act) for _ in range(n - 1)),
         )
 
     def forward(self, x):
@@ -44,7 +46,7 @@ class NetworkBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """x (B, 3, 32, 32) in [0, 1] -> logits (B, num_classes). depth = 6 n + 4, n blocks in each of three stages."""
+    """x (B, 3, 32, 32) in [0, 1] -> logits (B, num_classes). depth = 6 n + 4: n blocks in each stage."""
 
     def __init__(self, depth, widen_factor, num_classes, act):
         super().__init__()

@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a second thread gains nothing on such small tensors, and waits on a busy machine
+# a second thread gains nothing on such small tensors, and waits on a busy machine
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
@@ -27,14 +28,15 @@ def small_npz(tmp_path_factory):
 
 @pytest.fixture
 def script(monkeypatch, capfd):
-    """script(module, *argv): runs its main as from the command line, in this process -> (exit status, stdout, stderr)."""
-    import utils
+    """script(module, *argv): runs its main as from the command line, in this process -> (exit status, stdout,
+    stderr)."""
+    import runs
 
     def run(module, *argv):
         monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, argv)])
         capfd.readouterr()
         try:
-            utils.run_script(module.main)
+            runs.run_script(module.main)
             status = 0
         except SystemExit as e:
             if isinstance(e.code, str):
@@ -47,7 +49,8 @@ def script(monkeypatch, capfd):
 
 def spawn(*argv, cwd=ROOT, **env):
     """A command in a process of its own -> CompletedProcess with its output as text."""
-    return subprocess.run([str(a) for a in argv], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
+    return subprocess.run([str(a) for a in argv], cwd=cwd, env={**os.environ, **env}, capture_output=True,
+                          text=True)
 
 
 class Affine(torch.nn.Module):
@@ -56,7 +59,8 @@ class Affine(torch.nn.Module):
     def __init__(self, classes=4, size=6, seed=0):
         super().__init__()
         g = torch.Generator().manual_seed(seed)
-        self.weight = torch.nn.Parameter(torch.randn(classes, 3 * size * size, generator=g, dtype=torch.float64))
+        self.weight = torch.nn.Parameter(torch.randn(classes, 3 * size * size, generator=g,
+                                                     dtype=torch.float64))
         self.bias = torch.nn.Parameter(torch.randn(classes, generator=g, dtype=torch.float64))
 
     def forward(self, x):

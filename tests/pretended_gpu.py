@@ -1,8 +1,8 @@
 """A pretended GPU: what the scripts do on CUDA, executed on a machine without one.
 
-Tensors created on or moved to `cuda...` stay on the CPU but say that they are on the GPU, and so do all that are computed
-from them; mixing them with the CPU's is an error, as on a GPU. What this cannot show: kernels, their precision (TF32,
-bf16 autocast), compiled code, asynchrony, streams, memory, speed.
+Tensors created on or moved to `cuda...` stay on the CPU but say that they are on the GPU, and so do all that
+are computed from them; mixing them with the CPU's is an error, as on a GPU. What this cannot show: kernels,
+their precision (TF32, bf16 autocast), compiled code, asynchrony, streams, memory, speed.
 """
 
 import contextlib
@@ -13,8 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-GETTERS = {torch.Tensor.device.__get__: lambda: torch.device("cuda", 0), torch.Tensor.is_cuda.__get__: lambda: True}
-MAY_MIX = {torch.Tensor.copy_, torch.Tensor.data.__set__, torch.Tensor.__getitem__, torch._has_compatible_shallow_copy_type}
+GETTERS = {torch.Tensor.device.__get__: lambda: torch.device("cuda", 0),
+           torch.Tensor.is_cuda.__get__: lambda: True}
+MAY_MIX = {torch.Tensor.copy_, torch.Tensor.data.__set__, torch.Tensor.__getitem__,
+           torch._has_compatible_shallow_copy_type}
 CPU_GENERATOR = torch.Generator
 
 
@@ -46,7 +48,8 @@ class PretendedGPU(TorchFunctionMode):
         if func == torch.Tensor.data.__set__ and here[-1]:
             tensors[0].on_gpu = True
         sent = any(map(says_cuda, flat))
-        back = func in (torch.Tensor.cpu, torch.Tensor.numpy) or func is torch.Tensor.to and any(str(v) == "cpu" for v in flat[1:])
+        back = func in (torch.Tensor.cpu, torch.Tensor.numpy)
+        back = back or func is torch.Tensor.to and any(str(v) == "cpu" for v in flat[1:])
         if any(here) and func not in MAY_MIX and any(not h and t.dim() for h, t in zip(here, tensors)):
             raise RuntimeError(f"{func.__name__}: expected all tensors to be on the same device")
         if (g := kwargs.get("generator")) is not None and g.on_gpu != (sent or any(here)):
@@ -54,7 +57,7 @@ class PretendedGPU(TorchFunctionMode):
         args, kwargs = tree_map(lambda v: torch.device("cpu") if says_cuda(v) else v, (args, kwargs))
         out = func(*args, **kwargs)
         if sent or back:  # a copy, as between devices
-            out = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) and any(v is t for t in tensors) else v, out)
+            out = tree_map(lambda v: v.clone() if any(v is t for t in tensors) else v, out)
         if (any(here) or sent) and not back:
             for t in tree_flatten(out)[0]:
                 if isinstance(t, torch.Tensor):
@@ -63,7 +66,8 @@ class PretendedGPU(TorchFunctionMode):
 
 
 class RecordedGraph:
-    """Stands in for torch.cuda.CUDAGraph: keeps the operations of a capture, and executes them again, on the same tensors."""
+    """Stands in for torch.cuda.CUDAGraph: keeps the operations of a capture, and executes them again, on the
+    same tensors."""
 
     def __init__(self):
         self.operations = []
@@ -72,12 +76,14 @@ class RecordedGraph:
         with torch.no_grad(), torch._C.DisableTorchFunction():
             for func, args, kwargs, out in self.operations:
                 for old, new in zip(tree_flatten(out)[0], tree_flatten(func(*args, **kwargs))[0]):
-                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # neither in place nor a view
+                    # neither in place nor a view
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
 
 class Capture(TorchDispatchMode):
-    """Stands in for torch.cuda.graph: records into the graph; what would wait for the device is refused, as in a capture."""
+    """Stands in for torch.cuda.graph: records into the graph; what would wait for the device is refused, as
+    in a capture."""
 
     def __init__(self, graph, pool=None):
         super().__init__()
@@ -99,15 +105,19 @@ def stand_ins(n):
 
     stream = types.SimpleNamespace(wait_stream=lambda other: None, is_capturing=lambda: False)
     cuda = {
-        "is_available": lambda: True, "device_count": lambda: n, "current_device": lambda: 0, "is_bf16_supported": lambda: True,
+        "is_available": lambda: True, "device_count": lambda: n, "current_device": lambda: 0,
+        "is_bf16_supported": lambda: True,
         "get_device_name": lambda device=None: "pretended GPU", "synchronize": lambda device=None: None,
         "memory_allocated": lambda device=None: 0, "max_memory_allocated": lambda device=None: 1,
         "reset_peak_memory_stats": lambda device=None: None, "graph_pool_handle": lambda: (0, 0),
-        "CUDAGraph": RecordedGraph, "graph": Capture, "Stream": lambda: stream, "current_stream": lambda: stream,
+        "CUDAGraph": RecordedGraph, "graph": Capture, "Stream": lambda: stream,
+        "current_stream": lambda: stream,
         "stream": contextlib.nullcontext, "is_current_stream_capturing": lambda: False,
     }
-    return {(torch._C, "_cuda_setDevice"): set_driver_device, (torch.accelerator, "current_stream"): lambda: stream, (torch, "Generator"): Generator,
-            (torch, "compile"): lambda model, **options: model, **{(torch.cuda, k): v for k, v in cuda.items()}}
+    return {(torch._C, "_cuda_setDevice"): set_driver_device,
+            (torch.accelerator, "current_stream"): lambda: stream, (torch, "Generator"): Generator,
+            (torch, "compile"): lambda model, **options: model,
+            **{(torch.cuda, k): v for k, v in cuda.items()}}
 
 
 @contextlib.contextmanager

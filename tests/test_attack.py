@@ -129,40 +129,50 @@ def test_the_attack_computes_no_weight_gradient(monkeypatch):
 
 
 @pytest.mark.parametrize("loss", ["ce", "cw"])
-def test_evaluation_counts_last_and_any_iterate_over_restarts(loss):
-    """`last` and `any` against a loop over images, restarts and iterates."""
+def test_evaluation_counts_last_and_worst_iterate_over_restarts(loss):
+    """`last` and `worst` against a loop over images, restarts and iterates."""
     g = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (60, 6, 6, 3), dtype=torch.uint8, generator=g)
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(108, 50), torch.nn.Tanh(), torch.nn.Linear(50, 4))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(108, 50), torch.nn.Tanh(),
+                                torch.nn.Linear(50, 4))
     model[1].weight.data *= 20  # so crooked that an attack can lose what it had gained
     labels = model(utils.to_float(images)).argmax(1)
     labels[:3] = (labels[:3] + 1) % 4  # some misclassified without attack
     loss_fn = {"ce": torch.nn.functional.cross_entropy, "cw": utils.cw_loss}[loss]
     eps, alpha, steps = 0.03, 0.06, 4
-    clean, last, always = utils.pgd_evaluate(model, images, labels, eps=eps, alpha=alpha, steps=steps, restarts=2,
+    clean, last, worst = utils.pgd_evaluate(model, images, labels, eps=eps, alpha=alpha, steps=steps,
+                                            restarts=2,
                                              loss=loss_fn, seed=5, batch_size=8)
     for i in range(len(images)):
         first = i - i % 8
         x = utils.to_float(images[first : first + 8])
-        ok_last = ok_always = ok_clean = bool(model(x)[i - first].argmax() == labels[i])
+        ok_last = ok_worst = ok_clean = bool(model(x)[i - first].argmax() == labels[i])
         for restart in range(2):
-            noise = torch.empty(images.shape).uniform_(-eps, eps, generator=utils.seeded("cpu", 5, "evaluation", restart))
+            noise = torch.empty(images.shape).uniform_(-eps, eps,
+                                                       generator=utils.seeded("cpu", 5, "evaluation",
+                                                                              restart))
             it = (x + noise[first : first + 8].permute(0, 3, 1, 2)).clamp(0, 1)
             for step in range(steps + 1):
                 right = bool(model(it)[i - first].argmax() == labels[i])
-                ok_always &= right
+                ok_worst &= right
                 if step == steps:
                     ok_last &= right
                 else:
                     it = it.detach().requires_grad_()
-                    grad, = torch.autograd.grad(loss_fn(model(it), labels[first : first + 8], reduction="sum"), it)
+                    grad, = torch.autograd.grad(loss_fn(model(it), labels[first : first + 8],
+                                                        reduction="sum"), it)
                     it = (it + alpha * grad.sign()).detach()
                     it = torch.max(torch.min(it, x + eps), x - eps).clamp(0, 1)
-        assert (clean[i], last[i], always[i]) == (ok_clean, ok_last, ok_always)
-    assert 0 < always.sum() < last.sum() < clean.sum() < 60
-    whole = utils.pgd_evaluate(model, images, labels, eps=eps, alpha=alpha, steps=steps, restarts=2, loss=loss_fn, seed=5, batch_size=60)
-    assert all(map(torch.equal, whole, (clean, last, always)))  # the batch size changes nothing
+        assert (clean[i], last[i], worst[i]) == (ok_clean, ok_last, ok_worst)
+    assert 0 < worst.sum() < last.sum() < clean.sum() < 60
+    whole = utils.pgd_evaluate(model, images, labels, eps=eps, alpha=alpha, steps=steps, restarts=2,
+                               loss=loss_fn, seed=5, batch_size=60)
+    assert all(map(torch.equal, whole, (clean, last, worst)))  # the batch size changes nothing
+    parts = [utils.pgd_evaluate(model, images, labels, eps=eps, alpha=alpha, steps=steps, restarts=2,
+                                loss=loss_fn,
+                                seed=5, batch_size=7, share=slice(rank, None, 2)) for rank in (0, 1)]
+    assert torch.equal(parts[0] + parts[1], whole) and not (parts[0] & parts[1]).any()
 
 
 def test_logits_that_are_not_finite_are_never_right():

@@ -1,4 +1,5 @@
-"""The evaluator runs AutoAttack a batch at a time, to be interruptible; its figures are those of one AutoAttack call."""
+"""The evaluator runs AutoAttack a batch at a time, to be interruptible; its figures are those of one
+AutoAttack call."""
 
 import pyautoattack
 import pytest
@@ -6,6 +7,7 @@ import torch
 
 import eval_aa
 import models
+import runs
 import utils
 
 
@@ -26,7 +28,8 @@ class Quadratic(torch.nn.Module):
 @pytest.fixture(scope="module")
 def problem():
     model = Quadratic()
-    images = torch.randint(0, 256, (14, 4, 4, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = torch.randint(0, 256, (14, 4, 4, 3), generator=torch.Generator().manual_seed(1),
+                           dtype=torch.uint8)
     images = images.repeat_interleave(8, 1).repeat_interleave(8, 2)
     labels = model(utils.to_float(images)).argmax(1)
     labels[0] = (labels[0] + 1) % 10
@@ -45,7 +48,8 @@ def staged(problem, state_path, watch=None, attacks=eval_aa.STANDARD):
         aa.fools = watch(aa.fools)
     with torch.no_grad():
         clean = model(utils.to_float(images)).argmax(1) == labels
-    fresh = {"identity": {"who": "me"}, "robust": clean.int().tolist(), "left": {}, "todo": None, "seconds": {}}
+    fresh = {"identity": {"who": "me"}, "robust": clean.int().tolist(), "left": {}, "todo": None,
+             "seconds": {}}
     state = eval_aa.open_state(state_path, {"who": "me"}, overwrite=False) or fresh
     eval_aa.run_autoattack(aa, images, labels, attacks, BATCH, state, state_path)
     return state
@@ -83,7 +87,8 @@ def test_equals_one_call_of_autoattack_even_when_interrupted(problem, tmp_path):
 def test_the_state_of_another_evaluation_is_refused(tmp_path):
     path = tmp_path / "s.json"
     assert eval_aa.open_state(path, {"n": 3, "eps": 0.1}, overwrite=False) is None
-    utils.write_json(path, {"identity": {"n": 3, "eps": 0.1}, "robust": [1, 1, 0], "left": {}, "todo": None, "seconds": {}})
+    runs.write_json(path, {"identity": {"n": 3, "eps": 0.1}, "robust": [1, 1, 0], "left": {}, "todo": None,
+                           "seconds": {}})
     assert eval_aa.open_state(path, {"n": 3, "eps": 0.1}, overwrite=False)["robust"] == [1, 1, 0]
     with pytest.raises(utils.InputError, match="another eps"):
         eval_aa.open_state(path, {"n": 3, "eps": 0.2}, overwrite=False)
@@ -103,23 +108,6 @@ def test_a_channels_last_model_is_attacked_without_a_stride_error():
     assert eval_aa.AutoAttack(model, 8 / 255, 0, "cpu").fools("apgd-ce", x, y).shape == (4,)
 
 
-def test_padding_to_a_few_sizes_changes_no_result():
-    torch.manual_seed(0)
-    model, sizes = models.build("tiny").eval().requires_grad_(False), set()
-
-    def forward(x):
-        sizes.add(len(x))
-        return model(x)
-
-    padded = eval_aa.padded(forward, 12)
-    for n in range(1, 13):
-        x = torch.rand(n, 3, 32, 32).requires_grad_()
-        (got,), (want,) = (torch.autograd.grad(f(x).square().sum(), x) for f in (padded, model))
-        torch.testing.assert_close(padded(x), model(x), rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
-    assert sizes == {12, 6, 3, 1}
-
-
 def test_the_github_package_serves_as_well(monkeypatch):
     """`autoattack` has another signature: norm, eps, verbose ... and bs, and returns the images alone."""
     import sys
@@ -128,7 +116,8 @@ def test_the_github_package_serves_as_well(monkeypatch):
     seen = {}
 
     class AutoAttack:
-        def __init__(self, model, norm="Linf", eps=0.3, seed=None, verbose=True, attacks_to_run=[], version="standard",
+        def __init__(self, model, norm="Linf", eps=0.3, seed=None, verbose=True, attacks_to_run=[],
+                     version="standard",
                      is_tf_model=False, device="cuda", log_path=None):
             seen.update(norm=norm, eps=eps, seed=seed, verbose=verbose, version=version, device=device)
 
@@ -143,7 +132,8 @@ def test_the_github_package_serves_as_well(monkeypatch):
     x[0] = 0.5
     y = x.mean((2, 3)).argmax(1)
     assert aa.fools("square", x, y).tolist() == [False, True, True]
-    assert seen == {"norm": "Linf", "eps": 0.1, "seed": 7, "verbose": False, "version": "standard", "device": "cpu",
+    assert seen == {"norm": "Linf", "eps": 0.1, "seed": 7, "verbose": False, "version": "standard",
+                    "device": "cpu",
                     "attacks": ["square"], "bs": 3} and aa.name.startswith("autoattack")
     monkeypatch.setitem(sys.modules, "autoattack", None)
     with pytest.raises(utils.InputError, match="pip install pyautoattack==0.2.0"):

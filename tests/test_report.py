@@ -1,13 +1,16 @@
-"""report.py: arithmetic, missing, partial and malformed data, seeds, and what it refuses; from runs written by hand."""
+"""tools/report.py: arithmetic, seeds, malformed data, refusals, pictures, from runs written by hand."""
 
+import itertools
 import json
 import re
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
-import figures
-import report
+import models
+from tools import figures, report
 
 
 @pytest.fixture(scope="module")
@@ -16,32 +19,41 @@ def rows():
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, rows):
-    """run(name, clean, pgd10, aa, ...): writes a finished run of the row that the name claims into runs/ of an empty folder."""
+def folder(tmp_path, monkeypatch):
+    """An empty folder to work in."""
     monkeypatch.chdir(tmp_path)
+    return tmp_path
 
-    def write(name, clean, pgd10, aa, last=None, n=10_000, root="runs", epochs=None, cuda=None, **changed):
+
+@pytest.fixture
+def run(folder, rows):
+    """run(name, clean, pgd10, aa, ...): write a finished run of the row that the name claims."""
+    def write(name, *best, last=None, n=10_000, root="runs", epochs=None, cuda=None, without=(), **changed):
         row, _, seed = name.partition("@")
-        row = rows[row]
-        args = {**row.setting, **({"seed": int(seed)} if seed else {}), "precision": "tf32", "out": f"runs/{name}", "data_dir": "elsewhere", **changed}
-        folder = tmp_path / root / name
-        folder.mkdir(parents=True)
-        (folder / "args.json").write_text(json.dumps({"args": args, "command": [row.script], "device": "abacus", "versions": {"cuda": cuda}}))
-        log = [{"epoch": e + 1, "test_clean": 50 + e % 40, "test_pgd10": 20 + e % 40, "seconds": 36.0} for e in range(epochs or args["epochs"])]
-        (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
-        for name, figures_ in (("result.json", (clean, pgd10, aa)), ("result_last.json", last)):
-            if figures_:
-                stages = {"pgd10": {"seconds": 3.6}, "aa": {"seconds": {"apgd-ce": 7.2}}}
-                result = {"n": n, "test_images": 10_000, "eps": 8 / 255, "stages": stages, **dict(zip(report.METRICS, figures_))}
-                (folder / name).write_text(json.dumps(result))
-        return folder
+        args = rows[row].setting | ({"seed": int(seed)} if seed else {}) | {"precision": "tf32"} | changed
+        command = [args.pop("script")]
+        path = folder / root / name
+        path.mkdir(parents=True)
+        record = {"args": {k: v for k, v in args.items() if k not in without}, "command": command,
+                  "device": "abacus", "versions": {"cuda": cuda}}
+        (path / "args.json").write_text(json.dumps(record))
+        log = [{"epoch": e + 1, "test_clean": 50 + e % 40, "test_pgd10": 20 + e % 40, "seconds": 36.0}
+               for e in range(epochs or args["epochs"])]
+        (path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
+        stages = {"pgd10": {"seconds": 3.6}, "aa": {"seconds": {"apgd-ce": 7.2}}}
+        result = {"n": n, "test_images": 10_000, "eps": 8 / 255, "stages": stages}
+        for file, accuracies in (("result.json", best), ("result_last.json", last)):
+            if accuracies:
+                (path / file).write_text(json.dumps(result | dict(zip(report.METRICS, accuracies))))
+        return path
     return write
 
 
 def cells(rows, table, row):
     """The cells of a row's line in a table, by column name."""
-    lines = [[c.strip() for c in line.strip("|").split("|")] for line in report.table([r for r in rows.values() if r.id.startswith(table)]).splitlines()]
-    return dict(zip(lines[0], next(line for line in lines if line[0] == row)))
+    text = report.table([r for r in rows.values() if r.id.startswith(table)])
+    header, *lines = ([c.strip() for c in line.strip("|").split("|")] for line in text.splitlines())
+    return dict(zip(header, next(line for line in lines if line[0] == row)))
 
 
 @pytest.mark.parametrize("values, paper, noise, text", [
@@ -54,21 +66,21 @@ def test_cell(values, paper, noise, text):
     assert report.cell(values, paper, noise) == text
 
 
-def test_table_8_has_18_rows_with_the_papers_figures_when_nothing_has_been_run(script, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_table_8_has_18_rows_with_the_papers_figures_when_nothing_has_been_run(script, folder):
     status, out, err = script(report, "t8")
-    lines = out.splitlines()
-    assert status == 0 and err == "" and len(lines) == 2 + 18
-    assert re.sub(" +", " ", lines[0]) == "| row | model | activation | wd | ls | bn mode | Clean | PGD-10 | AA |"
-    assert lines[2] == "| t8-wrn10-wd1e-4-relu-bntrain | WRN-34-10 | relu | 0.0001 | 0 | train | (85.87) | (49.45) | (46.43) |"
-    assert lines[19].startswith("| t8-wrn20-wd5e-4-softplus-bneval-ls0.2 | WRN-34-20 | softplus | 0.0005 | 0.2 | eval | (87.58) | (57.19) | (53.26) |")
+    header, _, *lines = out.splitlines()
+    assert status == 0 and err == "" and len(lines) == 18
+    assert header == "| row | model | activation | wd | ls | bn mode | Clean | PGD-10 | AA |"
+    setting = "t8-wrn20-wd5e-4-softplus-bneval-ls0.2 | WRN-34-20 | softplus | 0.0005 | 0.2 | eval"
+    assert lines[-1] == f"| {setting} | (87.58) | (57.19) | (53.26) |"
 
 
 def test_runs_seeds_and_rows_that_are_the_same_run(run, rows, capsys):
     run("t2-base", 82.0, 53.0, 48.0)
     run("t2-base@1", 83.0, 54.0, 49.0)
     run("t4-r18-ls0.1", 82.69, 54.04, 48.76, last=(84.0, 46.0, 41.0))
-    want = {"Clean": "82.50 ± 0.71 (82.52, -0.02)", "PGD-10": "53.50 ± 0.71 (53.58, -0.08)", "AA": "48.50 ± 0.71 (48.51, -0.01)"}
+    want = {"Clean": "82.50 ± 0.71 (82.52, -0.02)", "PGD-10": "53.50 ± 0.71 (53.58, -0.08)",
+            "AA": "48.50 ± 0.71 (48.51, -0.01)"}
     assert cells(rows, "t2", "t2-base").items() >= want.items()
     assert cells(rows, "t4", "t4-r18-ls0").items() >= want.items()     # `= t2-base`
     smoothed = cells(rows, "t4", "t4-r18-ls0.1")
@@ -83,36 +95,54 @@ def test_a_row_judged_by_the_last_checkpoint(run, rows):
     assert line["AA"] == "41.00" and line["AA, other checkpoint"] == "45.00"
 
 
+def test_a_table_may_mix_the_scripts(run, rows):
+    run("t12-r18-wd5e-4-relu-bneval", 81.0, 53.0, 49.0)
+    mixed = ("x-r18-bntrain-clean0", "t12-r18-wd5e-4-relu-bneval", "t13-eps8-wrn10-released")
+    header, _, *lines = report.table([rows[r] for r in mixed]).splitlines()
+    assert header == "| row | script | bn mode | Clean | PGD-10 | AA |"
+    assert lines == [
+        "| x-r18-bntrain-clean0 | train_pgdat.py | train |  |  |  |",
+        "| t12-r18-wd5e-4-relu-bneval | train_trades.py | eval "
+        "| 81.00 (81.45, -0.45) | 53.00 (53.51, **-0.51**) | 49.00 (49.06, -0.06) |",
+        "| t13-eps8-wrn10-released | - | - | (85.48) |  | (53.80) |"]
+
+
 def test_partial_and_deviating_runs_do_not_count(run, rows, capsys):
     run("t2-base", 82.0, 53.0, 48.0, n=1000)
-    run("t2-wulr-10", 82.0, 53.0, None)
-    run("t2-wulr-15", 82.0, 53.0, 48.0, ls=0.1)
-    run("t2-wulr-20", 82.0, 53.0, 48.0, cuda="13.0")
-    assert [cells(rows, "t2", r)["AA"][0] for r in ("t2-base", "t2-wulr-10", "t2-wulr-15", "t2-wulr-20")] == ["(", "(", "(", "4"]
-    assert "t2-wulr-15 is not row t2-wulr-15 (--ls was 0, is 0.1): skipped" in capsys.readouterr().err
-    run("t2-es-40-70", None, None, None, epochs=7)
-    (report.Path("runs") / "t2-es-40-70" / "result.json").unlink()
+    run("t2-warmup-lr-10", 82.0, 53.0, None)
+    run("t2-warmup-lr-15", 82.0, 53.0, 48.0, ls=0.1)
+    run("t2-warmup-lr-20", 82.0, 53.0, 48.0, cuda="13.0")
+    names = ("t2-base", "t2-warmup-lr-10", "t2-warmup-lr-15", "t2-warmup-lr-20")
+    assert [cells(rows, "t2", row)["AA"][0] for row in names] == ["(", "(", "(", "4"]
+    warning = "t2-warmup-lr-15 is not row t2-warmup-lr-15 (--ls was 0.1, is 0): skipped"
+    assert warning in capsys.readouterr().err
+    run("t2-early-stop-40-70", epochs=7)
     text = report.status(rows)
-    assert re.search(r"^partial +2 +t2-base, t2-wulr-10$", text, re.M) and re.search(r"^running +1 +t2-es-40-70 \(7 of 110 epochs\)$", text, re.M)
+    assert re.search(r"^partial +2 +t2-base, t2-warmup-lr-10$", text, re.M)
+    assert re.search(r"^running +1 +t2-early-stop-40-70 \(7 of 110 epochs\)$", text, re.M)
     assert "GPU-hours 1.10" in text      # 110 x 36 s, and 10.8 s of evaluation
 
 
-def test_malformed_files_are_skipped_by_name(run, rows, capsys):
-    result = {"clean": 82.0, "pgd10": 53.0, "aa": 48.0, "n": 10_000, "test_images": 10_000, "eps": 0.03, "stages": {}}
-    entry = {"epoch": 1, "seconds": 1.0, "test_clean": 80.0, "test_pgd10": 50.0}
-    path = run("t2-base", 82.0, 53.0, 48.0)
-    for file, text in [
-        ("result.json", '{"clean": 8'), ("result.json", "[]"), *(("result.json", json.dumps({**result, **c})) for c in (
-            {"clean": "high"}, {"aa": 480}, {"stages": {"aa": 3}}, {"stages": {"aa": {"seconds": "long"}}}, {"test_images": 0})),
-        ("args.json", "[]"), ("args.json", '{"args": {}, "command": []}'), ("args.json", '{"args": {"dataset": "cifar10"}, "command": []}'),
-        ("log.jsonl", '{"epoch": 1'), *(("log.jsonl", json.dumps({**entry, **c})) for c in ({"epoch": float("inf")}, {"seconds": None}, {"test_pgd10": "x"})),
-    ]:
-        before = (path / file).read_text()
-        (path / file).write_text(text)
-        report.status(rows)
-        assert cells(rows, "t2", "t2-base")["AA"] == ("48.00 (48.51, **-0.51**)" if file == "log.jsonl" else "(48.51)")
-        assert f"t2-base/{file} is malformed: skipped" in capsys.readouterr().err, text
-        (path / file).write_text(before)
+def test_a_run_from_before_a_flag_existed_has_the_flags_default(run, rows, script):
+    old = {"without": ("bn_clean_passes", "test_batch_size", "early_stop_pgd")}
+    path = run("t2-base@1", 82.0, 53.0, 48.0, **old)
+    assert cells(rows, "t2", "t2-base")["AA"].startswith("48.00")
+    assert script(report, "deviations", path) == (0, "none\n", "")
+    assert script(report, "collect", path)[0] == 0 and Path("results/t2-base@1/args.json").exists()
+    path = run("t2-early-stop-40-70", 82.0, 53.0, 48.0, **old)
+    assert script(report, "deviations", path)[1] == "--early-stop-pgd was None, is [40.0, 70.0]\n"
+
+
+@pytest.mark.parametrize("file, text", [
+    ("result.json", '{"clean": 8'), ("result.json", "[]"), ("result.json", '{"clean": 82.0}'),
+    ("args.json", '{"args": {}}'), ("log.jsonl", '{"epoch": 1'), ("log.jsonl", '{"epoch": 1}\n'),
+])
+def test_malformed_files_are_skipped_by_name(run, rows, capsys, file, text):
+    (run("t2-base", 82.0, 53.0, 48.0) / file).write_text(text)
+    report.status(rows)
+    counts = "48.00 (48.51, **-0.51**)" if file == "log.jsonl" else "(48.51)"
+    assert cells(rows, "t2", "t2-base")["AA"] == counts
+    assert f"t2-base/{file} is malformed: skipped" in capsys.readouterr().err
 
 
 def test_results_serve_where_runs_are_gone(run, rows):
@@ -122,57 +152,152 @@ def test_results_serve_where_runs_are_gone(run, rows):
     assert cells(rows, "t2", "t2-base")["AA"].startswith("49.00")
 
 
-def test_collect_copies_what_is_whole_and_refuses_the_rest(run, script):
-    folder = run("t2-base@3", 82.0, 53.0, 48.0)
-    (folder / "best.pt").write_text("weights")
-    assert script(report, "collect", folder)[0] == 0
-    copied = report.Path("results/t2-base@3")
-    assert {p.name for p in copied.iterdir()} == {"args.json", "log.jsonl", "result.json"}
-    assert (copied / "result.json").read_text() == (folder / "result.json").read_text()
-    for i, (name, changes, problem) in enumerate([
-        ("t2-wulr-10", {"n": 1000}, "is not evaluated as the row asks"), ("t2-wulr-15", {"wd": 1e-3}, "--wd was 0.0005, is 0.001"),
-        ("t2-wulr-20", {"epochs": 109}, "109"), ("s1-madry2018", {}, "its last checkpoint is not evaluated"),
-        ("t2-es-40-70@2", {"seed": 1}, "--seed was 2, is 1"),
-    ]):
-        folder = run(name, 82.0, 53.0, 48.0, **changes)
-        status, out, err = script(report, "collect", folder)
-        assert status == 2 and problem in err and len(err.splitlines()) == 1 and not report.Path("results", name).exists()
-        assert script(report, "deviations", folder)[1] == "none\n" or changes.keys() & {"wd", "seed"}
+def test_collect_copies_what_is_whole(run, script):
+    path = run("t2-base@3", 82.0, 53.0, 48.0)
+    (path / "best.pt").write_text("weights")
+    assert script(report, "collect", path)[0] == 0
+    copied = {p.name: p.read_text() for p in Path("results/t2-base@3").iterdir()}
+    assert copied == {f: (path / f).read_text() for f in ("args.json", "log.jsonl", "result.json")}
 
 
-def test_every_table_of_the_manifest_is_printed(rows, script, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("name, changes, problem, deviations", [
+    ("t2-warmup-lr-10", {"n": 1000}, "is not evaluated as the row asks", "none"),
+    ("t2-warmup-lr-15", {"wd": 1e-3}, "--wd was 0.001, is 0.0005", "--wd was 0.001, is 0.0005"),
+    ("t2-warmup-lr-20", {"epochs": 109}, "109 epochs", "none"),
+    ("s1-madry2018", {}, "its last checkpoint is not evaluated", "none"),
+    ("t2-early-stop-40-70@2", {"seed": 1}, "--seed was 1, is 2", "--seed was 1, is 2"),
+])
+def test_collect_refuses_the_rest(run, script, name, changes, problem, deviations):
+    path = run(name, 82.0, 53.0, 48.0, **changes)
+    status, _, err = script(report, "collect", path)
+    assert status == 2 and problem in err and len(err.splitlines()) == 1 and not Path("results").exists()
+    assert script(report, "deviations", path)[1] == f"{deviations}\n"
+
+
+def test_every_table_of_the_manifest_is_printed(rows, script, folder):
     for table in "t2 t3 t4 t5 t6 t7 t8 t9 t12 t13 s1 x".split():
         status, out, err = script(report, table)
-        assert status == 0 and err == "" and len(out.splitlines()) == 2 + sum(r.startswith(table + "-") for r in rows)
+        n = sum(r.startswith(table + "-") for r in rows)
+        assert status == 0 and err == "" and len(out.splitlines()) == 2 + n
     assert script(report, "t13")[1].splitlines()[0] == "| row | model | eps | Clean | PGD-10 | AA |"
 
 
 def test_robustbench_entry(run, script):
     status, out, _ = script(report, "robustbench", run("t8-wrn10-wd5e-4-relu-bneval", 87.38, 56.0, 51.9))
-    entry = json.loads(out)
-    assert status == 0 and entry["architecture"] == "WRN-34-10" and entry["eps"] == "8/255" and entry["dataset"] == "cifar10"
-    assert (entry["clean_acc"], entry["autoattack_acc"]) == ("87.38", "51.90")
-    assert set(entry) == set("link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc reported "
-                             "autoattack_acc unreliable".split())
+    assert status == 0 and json.loads(out).items() >= {
+        "architecture": "WRN-34-10", "eps": "8/255", "dataset": "cifar10", "clean_acc": "87.38",
+        "reported": "51.90", "autoattack_acc": "51.90", "unreliable": False}.items()
     status, _, err = script(report, "robustbench", run("t2-base", 82.0, 53.0, 48.0, n=1000))
     assert status == 2 and "not evaluated by AutoAttack (standard) on all test images" in err
 
 
-def test_every_figure_is_drawn(run, script, tmp_path):
-    for name in ("t8-wrn10-wd1e-4-relu-bntrain", "t8-wrn10-wd5e-4-relu-bntrain", "f3-wd1e-4", "t2-base@1"):
-        folder = run(name, 86.0, 56.0, 52.0)
-    for argv in (["f1"], ["f2"], ["f3"], ["f4"], ["curves", folder], ["compare", folder], ["curves", folder, "--out", "a/b.c"]):
-        status, out, err = script(report, *argv)
-        assert status == 0 and err == "", err
-        for path in out.strip().split(", "):
-            assert (tmp_path / path).stat().st_size > 5000
-    assert out == "a/b.c.png, a/b.c.pdf\n"
+# ---- Pictures ----------------------------------------------------------------------------------------------
+
+
+STYLES = ["clean", "PGD-10", "best epoch", "the paper's best"]
+
+
+def drawn(ax):
+    """The lines that an axes shows, hollow ones and others: two lists of lists of points (x, y)."""
+    shown = {True: [], False: []}
+    for line in ax.lines:
+        if points := [*zip(*line.get_data())]:
+            shown[line.get_markerfacecolor() == "none"].append(points)
+    return shown[True], shown[False]
+
+
+def texts(of):
+    return [text.get_text() for text in of]
+
+
+def legend(ax):
+    return texts(ax.get_legend().get_texts())
+
+
+def test_figure_1(run, rows):
+    run("t2-base", 81.0, 54.0, 48.0)
+    run("f1a-r18-wd1e-4", 80.0, 50.0, 45.0)
+    run("t8-wrn10-wd1e-4-relu-bntrain", 86.0, 49.0, 46.0)
+    sweep, curves = report.draw("f1", [], rows, None).axes
+    hollow, ours = drawn(sweep)
+    assert ours[:2] == [[(1e-4, 80.0), (5e-4, 81.0)], [(1e-4, 50.0), (5e-4, 54.0)]]
+    assert ours[2:] == [[(1e-4, 86.0)], [(1e-4, 49.0)]]
+    assert hollow[:2] == [[(5e-4, 82.52)], [(5e-4, 53.58)]] and [*map(len, hollow[2:])] == [3, 3]
+    assert legend(sweep) == [f"{m}, {a}" for m in ("ResNet-18", "WRN-34-10") for a in ("Clean", "PGD-10")]
+    assert texts(sweep.get_xticklabels()) == "5e-5 1e-4 2e-4 3e-4 5e-4 7e-4 1e-3".split()
+    hollow, ours = drawn(curves)
+    assert [*map(len, ours)] == [110, 1, 110, 1] and len(hollow) == 3 * 2
+    assert legend(curves) == ["f1b-wd1e-4", "f1b-wd2e-4 (not run)", "f1b-wd5e-4 (not run)", *STYLES]
+
+
+def test_figure_2(run, rows):
+    run("f2-dpn-92", 85.0, 55.0, 50.0)
+    run("t2-base", 82.0, 54.0, 48.0)
+    ax, = report.draw("f2", [], rows, None).axes
+    filled = {tuple(c.get_offsets()[0]): len(c.get_facecolors()) for c in ax.collections}
+    assert filled.pop((82.0, 54.0)) and filled.pop((85.0, 55.0))
+    assert len(filled) == 6 and (82.52, 53.58) in filled and not any(filled.values())
+    names = "ResNet-18 SENet-18 DenseNet-121 GoogLeNet DPN-26 DPN-92 WRN-34-10"
+    assert texts(ax.texts) == names.split() and ax.texts[0].xy == (82.0, 54.0)  # once, at ours
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert "clean" in ax.get_xlabel() and ax.get_ylabel() == "PGD-10 accuracy (%)"
+
+
+def test_figures_3_and_4(run, rows):
+    run("f3-wd1e-4", 86.0, 56.0, 52.0)
+    ax, = report.draw("f3", [], rows, None).axes
+    clean, star, robust, star_robust = drawn(ax)[1]
+    assert clean == [(e + 1, 50 + e % 40) for e in range(110)] and star == [(40, 89)]
+    assert robust == [(e + 1, 20 + e % 40) for e in range(110)] and star_robust == [(40, 59)]
+    assert drawn(ax)[0] == [[(110, 86.07)], [(110, 56.60)]] and ax.get_xlim() == (0, 113.3)
+    ax, = report.draw("f4", [], rows, None).axes
+    assert drawn(ax) == ([], [])
+    assert legend(ax) == [f"f4-wd{wd} (not run)" for wd in ("1e-4", "2e-4", "5e-4")] + STYLES[:3]
+
+
+def test_curves_and_comparison(run, rows):
+    paths = [run("t2-base@1", 82.0, 53.0, 48.0), run("x-r18-bneval-clean0", 83.0, 54.0, 49.0)]
+    run("t2-base", 83.0, 52.0, 48.0)
+    ax, = report.draw("curves", paths, rows, None).axes
+    assert legend(ax) == ["t2-base@1", "x-r18-bneval-clean0", *STYLES]
+    assert drawn(ax)[0] == [[(110, 82.52)], [(110, 53.58)]] and len(drawn(ax)[1]) == 8
+    fig = report.draw("compare", paths, rows, None)
+    clean, robust = fig.axes
+    assert drawn(clean) == ([[(82.52, 0)]], [[(83.0, 0), (82.0, 0)], [(83.0, 1)]])
+    assert drawn(robust) == ([[(53.58, 0)]], [[(52.0, 0), (53.0, 0)], [(54.0, 1)]])
+    assert texts(clean.get_yticklabels()) == ["t2-base", "x-r18-bneval-clean0"]
+    title = "ResNet-18, cifar10, 110 epochs; a dot is a seed; a circle is the paper's"
+    assert fig.get_suptitle() == title
+
+
+def test_pictures_have_the_name_that_was_asked_for(run, script, folder):
+    path = run("quickstart", 41.0, 28.0, 25.0)
+    for argv, stem in ((["f3"], "figures/f3"), (["curves", path], "figures/curves-quickstart"),
+                       (["f3", "--out", "a/b.c"], "a/b.c"), (["f3", "--out", "d.png"], "d")):
+        assert script(report, *argv) == (0, f"{stem}.png, {stem}.pdf\n", "")
+        assert Path(f"{stem}.png").exists() and Path(f"{stem}.pdf").exists()
+
+
+def test_attack_shows_predictions_and_true_classes(folder):
+    args = {"model": "tiny", "activation": "relu", "eps": 8 / 255,
+            "dataset": str(ROOT / "data" / "cifar10_mini.npz")}
+    state = models.build("tiny").state_dict()
+    state["linear.weight"].zero_()
+    state["linear.bias"].copy_(torch.arange(10) == 8)  # everything is a ship
+    about = {"args": args, "num_classes": 10, "epoch": 1, "normalize": None}
+    torch.save({"state_dict": state, **about}, "best.pt")
+    axes = report.draw("attack", [folder], {}, None).axes
+    said = ["ship\n(not cat)", "ship", "ship", "ship\n(not airplane)", *["ship\n(not frog)"] * 2]
+    assert len(axes) == 3 * 8 and all(ax.images[0].get_array().shape == (32, 32, 3) for ax in axes)
+    assert [ax.get_title() for ax in axes[:6]] == [ax.get_title() for ax in axes[8:14]] == said
+    assert [ax.get_ylabel() for ax in axes[::8]] == ["image", "adversarial", "difference,\n16 times"]
 
 
 def test_the_best_epoch_is_that_of_best_pt():
-    log = [{"epoch": 1, "test_clean": 50, "test_pgd10": 40}, {"epoch": 2, "test_clean": 60, "test_pgd10": 40}, {"epoch": 3}]
-    assert figures.best_epoch(log) == (log[0], "test")                                     # the first, as in training
+    log = [{"epoch": 1, "test_clean": 50, "test_pgd10": 40}, {"epoch": 2, "test_clean": 60, "test_pgd10": 40},
+           {"epoch": 3}]
+    assert figures.best_epoch(log) == (log[0], "test")  # the first, as in training
     assert figures.best_epoch([{**e, "test_pgd10": None} for e in log[:2]])[0]["epoch"] == 2
     held_out = [{**e, "val_clean": 1, "val_pgd10": 10 - e["epoch"]} for e in log]
     assert figures.best_epoch(held_out) == (held_out[0], "val")
@@ -180,19 +305,16 @@ def test_the_best_epoch_is_that_of_best_pt():
 
 
 @pytest.mark.parametrize("argv, problem", [
-    (["t99"], "no table, figure or command"), (["collect"], "takes one RUN or more"), (["t2", "x"], "takes no RUN"),
-    (["attack", "a", "b"], "takes one RUN"), (["deviations", "nowhere"], "holds no run that can be read"), (["curves", "nowhere"], "holds no log"), (["attack", "nowhere"], "no such file"),
+    (["t99"], "no table, figure or command"), (["collect"], "takes one RUN or more"),
+    (["t2", "x"], "takes no RUN"), (["attack", "a", "b"], "takes one RUN"),
+    (["deviations", "nowhere"], "holds no run"), (["curves", "nowhere"], "holds no log"),
+    (["attack", "nowhere"], "no such file"),
 ])
-def test_bad_arguments(script, tmp_path, monkeypatch, argv, problem):
-    monkeypatch.chdir(tmp_path)
+def test_bad_arguments(script, folder, argv, problem):
     status, _, err = script(report, *argv)
     assert status == 2 and problem in err and len(err.splitlines()) == 1
 
 
 def test_the_readme_is_up_to_date(rows):
-    """If not: python report.py readme."""
+    """If not: python -m tools.report readme."""
     assert report.renew_readme(rows) == (ROOT / "README.md").read_text()
-
-
-def test_report_stays_small():
-    assert len((ROOT / "report.py").read_text().splitlines()) < 350

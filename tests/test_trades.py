@@ -1,4 +1,5 @@
-"""TRADES against a reference written from its paper and from what its authors' code does, in float64, in both BN modes."""
+"""TRADES against a reference written from its paper and from what its authors' code does, in float64, in both
+BN modes."""
 
 import copy
 
@@ -33,7 +34,8 @@ def kl(z_natural, z_adversarial):
 
 
 def reference_step(model, x, y, args, start):
-    """One step as the reference makes it: two forwards in every attack step, weight gradients and all; plain SGD.
+    """One step as the reference makes it: two forwards in every attack step, weight gradients and all; plain
+    SGD.
 
     Returns (x', loss, running statistics kept by hand).
     """
@@ -95,7 +97,8 @@ def test_a_step_is_the_references(bn_mode, eps, alpha):
         torch.testing.assert_close(m.running_var, var, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("bn_mode, updates, natural_forwards", [("train", 2 * 10 + 2, 10 + 1), ("eval", 2, 1 + 1)])
+@pytest.mark.parametrize("bn_mode, updates, natural_forwards",
+                         [("train", 2 * 10 + 2, 10 + 1), ("eval", 2, 1 + 1)])
 def test_number_of_forwards_and_of_updates(bn_mode, updates, natural_forwards):
     model, x, y = problem()
     args, natural = setting("--bn-mode", bn_mode), []
@@ -108,7 +111,8 @@ def test_number_of_forwards_and_of_updates(bn_mode, updates, natural_forwards):
 
 
 def test_saturated_logits_stay_finite():
-    """Logits so far apart that float32 probabilities underflow to 0: loss and gradients are those of float64, not NaN."""
+    """Logits so far apart that float32 probabilities underflow to 0: loss and gradients are those of float64,
+    not NaN."""
     torch.manual_seed(0)
     natural = (200 * torch.randn(6, 10)).requires_grad_()
     adversarial = (200 * torch.randn(6, 10)).requires_grad_()
@@ -139,6 +143,7 @@ def test_what_trades_does_not_define_is_not_accepted(flag, capsys):
 
 def test_defaults_are_table_13s_best_setting_at_8_255():
     args = train_trades.parse_args([])
-    assert (args.beta, args.eps, args.alpha, args.steps, args.wd, args.bn_mode, args.activation, args.lr, args.epochs) == (
+    assert (args.beta, args.eps, args.alpha, args.steps, args.wd, args.bn_mode, args.activation, args.lr,
+            args.epochs) == (
         6, 8 / 255, 2 / 255, 10, 5e-4, "eval", "relu", 0.1, 110)
     assert train_trades.NORMALIZE is None

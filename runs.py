@@ -1,0 +1,864 @@
+"""The machinery around the science: flags, devices and precision, torchrun, the folder of a run, the console.
+
+Without it the numbers would be the same. The scripts call it as `runs.something`, so that a reader sees at
+every line whether it is about the paper (utils.py) or about running things (here).
+
+Under torchrun every process runs the same script: it holds all the data, works on its share of every batch,
+and only the first one writes and prints.
+"""
+
+import argparse
+import contextlib
+import datetime
+import fcntl
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from utils import InputError, load_dataset
+
+HERE = Path(__file__).resolve().parent
+
+
+# ---- Command line ------------------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds the default to every help text that does not speak of one."""
+
+    def _get_help_string(self, action):
+        silent = action.default in (None, argparse.SUPPRESS) or action.default is False
+        return action.help + ("" if silent or "default" in action.help else " (default: %(default)s)")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a bad command line with one line and exit status 2, and takes no
+    abbreviations."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\d")  # -1e-4 is a (bad) value, not an unknown flag
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(low, high=math.inf, open_high=False, kind=float):
+    """An argparse type: a number in [low, high], or in [low, high) with open_high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+        if not low <= value <= high or value == math.inf or (open_high and value == high):
+            bounds = f"in [{low}, {high}{')' if open_high else ']'}" if high < math.inf else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return value
+    return parse
+
+
+def integer(low):
+    """An argparse type: a whole number from low to 2^31 - 1."""
+    return number(low, 2**31 - 1, kind=int)
+
+
+def fraction(text):
+    """An argparse type for eps and alpha: "8/255" or "0.031", in [0, 1]."""
+    try:
+        top, _, bottom = text.partition("/")
+        value = float(top) / float(bottom or 1)
+    except (ValueError, ZeroDivisionError):
+        problem = f'{text!r} is neither a number nor a fraction like "8/255"'
+        raise argparse.ArgumentTypeError(problem) from None
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(
+            f'{text} is out of range: it is on the [0, 1] scale of the images; write "8/255" for 8 levels')
+    return value
+
+
+def fraction_text(value):
+    """The fraction of 255 that a value is, or its digits: 8/255, 0.031."""
+    levels = value * 255
+    whole = abs(levels - round(levels)) < 1e-9 and value not in (0, 1)
+    return f"{round(levels)}/255" if whole else f"{value:g}"
+
+
+def add_flags(parser):
+    """Add the flags of a training script that say where and how it runs."""
+    g = parser.add_argument_group("run")
+    g.add_argument("--seed", type=integer(0), default=0, help="seed of weights, batches and attacks")
+    g.add_argument("--eval-every", type=integer(1), default=1, metavar="EPOCHS",
+                   help="test after every so many epochs, and after the last")
+    g.add_argument("--test-batch-size", type=integer(1), default=250, help="images a batch in the tests")
+    g.add_argument("--out", help="the run's folder (default: runs/ and what differs from the defaults)")
+    g.add_argument("--resume", action="store_true", help="go on with the run in that folder, if there is one")
+    g.add_argument("--data-dir", default="data", help="where cifar10.npz is, or is put on first use")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    g.add_argument("--precision", choices=("fp32", "tf32", "bf16"),
+                   help="arithmetic of the model (default: tf32 on CUDA, fp32 elsewhere)")
+    g.add_argument("--compile", action="store_true",
+                   help="compile the model with torch.compile; on CUDA replay the attack from a CUDA graph")
+    g.add_argument("--dry-run", action="store_true", help="print the resolved setting and exit")
+
+
+def without_effect(parser, args, condition, *flags):
+    """Refuse, with exit status 2, a flag that was set although it does nothing under this condition."""
+    for flag in flags:
+        if getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag.replace('_', '-')} has no effect with {condition}")
+
+
+def resolve(parser, args, prefix):
+    """Fill in a training script's defaults that depend on other flags; refuse what contradicts itself."""
+    adam = args.optimizer in ("adam", "adamw")
+    if adam:
+        without_effect(parser, args, f"--optimizer {args.optimizer}", "momentum")
+    if args.optimizer == "nesterov" and args.momentum == 0:
+        parser.error("--optimizer nesterov needs a --momentum above 0")
+    if args.lr_schedule != "piecewise":
+        condition = f"--lr-schedule {args.lr_schedule}"
+        without_effect(parser, args, condition, "lr_decay_epochs", "lr_decay_factor")
+    if args.out is None:
+        args.out = f"runs/{run_name(prefix, args, parser)}"
+    if not args.out:
+        parser.error("--out is empty")
+    if args.lr is None:
+        args.lr = 1e-4 if adam else 0.1
+    return args
+
+
+# Flags that say where and how a run happens, not what is trained: they may differ when it is resumed.
+NOT_A_SETTING = ("test_batch_size", "out", "resume", "data_dir", "device", "dry_run")
+
+
+def run_name(prefix, args, parser):
+    """A readable name out of what differs from the parser's defaults: pgdat-bn-mode-eval-ls0.1."""
+    def text(v):
+        return "" if v is True else Path(v).stem if isinstance(v, str) else f"{v:.10g}"
+
+    parts = [prefix]
+    for key, value in vars(args).items():
+        if value != parser.get_default(key) and key not in NOT_A_SETTING:
+            values = value if isinstance(value, list) else [value]
+            dash = "-" if isinstance(value, str) else ""
+            parts.append(key.replace("_", "-") + dash + "-".join(map(text, values)))
+    return "-".join(parts)
+
+
+def differences(before, now, parser):
+    """Which settings differ between two runs' arguments, in words. The data set's name is none.
+
+    A setting that the older arguments do not know has the parser's default.
+    """
+    now = json.loads(json.dumps(now))  # as it was written
+    settings = [k for k in sorted(before | now) if k not in (*NOT_A_SETTING, "dataset")]
+    pairs = [(k, before.get(k, parser.get_default(k)), now.get(k)) for k in settings]
+    return [f"--{k.replace('_', '-')} was {old}, is {new}" for k, old, new in pairs if old != new]
+
+
+class Stopped(Exception):
+    """Ends the script with a line on stderr and an exit status: Stopped(status, line)."""
+
+
+def command_line():
+    """The script and its arguments, without the folder that the script is in."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+def run_script(main):
+    """Run main(). What the user can mend becomes one line on stderr and exit status 2; Ctrl-C is 130."""
+    def end(status, line):
+        if rank() == 0:
+            print(line, file=sys.stderr)
+        sys.exit(status)
+
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+        sys.stdout.flush()
+        if dist.is_initialized():
+            barrier()  # no process leaves while another still needs it
+            dist.destroy_process_group()
+    except BrokenPipeError:  # what we were piped into has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (InputError, OSError) as e:
+        message = str(e) if isinstance(e, InputError) or not e.filename else f"{e.filename}: {e.strerror}"
+        end(2, f"{script}: error: {message}")
+    except Stopped as e:
+        end(e.args[0], f"{script}: {e.args[1]}")
+    except KeyboardInterrupt:
+        end(130, f"{script}: interrupted")
+
+
+def first_line(error):
+    """The first line of an exception's message, or its type's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- Device, precision, compilation ------------------------------------------------------------------------
+
+
+def start(args):
+    """The torch.device of --device. Joins torchrun's processes and settles --precision in args."""
+    device = pick_device(args.device)
+    join_processes(device)
+    args.precision = set_precision(args.precision, device)
+    return device
+
+
+def pick_device(name):
+    """The torch.device of "auto" (a GPU if there is one), "cpu", "cuda" (the current one) or "cuda:N".
+
+    A GPU becomes the current one. Raises InputError if it cannot be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if not match:
+        raise InputError(f"device {name!r} is not auto, cpu, cuda or cuda:N")
+    if name == "cpu":
+        return torch.device("cpu")
+    if under_torchrun() and name != "cuda":
+        raise InputError(f"--device {name}: under torchrun each process has a GPU of its own: --device cuda")
+    if not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch sees no GPU here")
+    index = os.environ["LOCAL_RANK"] if under_torchrun() else match[1] or torch.cuda.current_device()
+    device, n = torch.device("cuda", int(index)), torch.cuda.device_count()
+    if device.index >= n:
+        raise InputError(f"--device {device}: there is only cuda:0" + (f" to cuda:{n - 1}" if n > 1 else ""))
+    try:
+        torch.cuda.set_device(device)  # streams and CUDA graphs are the current device's
+        torch.zeros(1, device=device)
+    except RuntimeError as e:  # out of memory, in exclusive use ...
+        raise InputError(f"--device {device} cannot be used: {first_line(e)}") from None
+    return device
+
+
+def set_precision(precision, device):
+    """Set the process up for "fp32" (strict), "tf32" (torch's default: TF32 convolutions, on CUDA) or "bf16".
+
+    bf16 means autocast, which make_forward adds. None means tf32 on CUDA and fp32 elsewhere. Returns the name
+    in force. Raises InputError for tf32 without CUDA.
+    """
+    if precision is None:
+        precision = "tf32" if device.type == "cuda" else "fp32"
+    if precision == "tf32" and device.type != "cuda":
+        raise InputError(f"--precision tf32 exists on CUDA only, not on {device.type}")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.set_float32_matmul_precision("highest")  # torch's default, unless the environment says otherwise
+    return precision
+
+
+def make_forward(model, precision="fp32", compile=False):
+    """forward(x) -> float32 logits of the model: under bf16 autocast, or compiled, where asked.
+
+    Parameters, batch-norm statistics and everything outside the model stay float32. Raises InputError if this
+    machine cannot compile.
+    """
+    device = next(model.parameters()).device.type
+    torch.backends.cudnn.benchmark = True  # shapes are few here, unlike AutoAttack's
+    net = model
+    if compile:
+        # One graph for each of: attack (frozen, train or eval), update, clean pass, test; times the batch
+        # sizes.
+        torch._dynamo.config.recompile_limit = 64
+        try:
+            torch.compile(torch.neg)(torch.ones(2, device=device))
+        except Exception as e:  # inductor raises whatever its toolchain raises
+            raise InputError(f"--compile does not work here: {first_line(e)}") from None
+        net = torch.compile(model, dynamic=False)
+
+    def forward(x):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            return net(x).float()
+    return forward
+
+
+class Graphed:
+    """Calls a function of CUDA tensors by replaying a CUDA graph: one launch instead of thousands.
+
+    A graph is captured for each combination of input shapes. function: takes a tensor and then tensors or
+    numbers, and returns one tensor. Its work may depend on the shapes of its inputs, not on their values. It
+    may move the model's buffers (running statistics) and nothing else. A number is passed on as a tensor,
+    because a graph would keep its first value for ever.
+    """
+
+    def __init__(self, function, model):
+        self.function, self.model = function, model
+        self.pool, self.graphs = torch.cuda.graph_pool_handle(), {}
+
+    def __call__(self, *inputs):
+        device = inputs[0].device
+        inputs = [x if isinstance(x, Tensor) else torch.full((), x, device=device) for x in inputs]
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in self.graphs:
+            self.graphs[shapes] = self.capture(inputs)
+        graph, static, output = self.graphs[shapes]
+        for to, x in zip(static, inputs):
+            to.copy_(x)
+        graph.replay()
+        return output.clone()  # the next replay, of any of the graphs, overwrites it
+
+    def capture(self, inputs):
+        """(graph, its input tensors, its output tensor) for these shapes; the model's buffers stay as they
+        were."""
+        static = [x.clone() for x in inputs]
+        before = [b.clone() for b in self.model.buffers()]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # compile, choose algorithms, allocate: none of that may happen in a capture
+                self.function(*static)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            output = self.function(*static)
+        for b, value in zip(self.model.buffers(), before):
+            b.copy_(value)  # the warm-up moved the running statistics
+        return graph, static, output
+
+
+def graphed(function, model, compile):
+    """Replay the function from a CUDA graph if the model is compiled and on CUDA; else call it as it is."""
+    return Graphed(function, model) if compile and next(model.parameters()).is_cuda else function
+
+
+# ---- Processes ---------------------------------------------------------------------------------------------
+
+
+def under_torchrun():
+    """Whether torchrun has started several processes of which this is one."""
+    return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def join_processes(device):
+    """Under `torchrun --nproc_per_node=N`, join the N processes, of which only the first prints."""
+    if not under_torchrun():
+        return
+    patience = datetime.timedelta(days=7)  # with each other: a batch of AutoAttack can take an hour
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def rank():
+    """Which of torchrun's processes this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes torchrun started; 1 without it."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share():
+    """The slice of a batch, or of the test images, that this process works on."""
+    return slice(rank(), None, world())
+
+
+def add_up(tensor):
+    """The sum of the processes' tensors of numbers or flags."""
+    if not dist.is_initialized():
+        return tensor
+    total = tensor.int() if tensor.dtype == torch.bool else tensor.clone()
+    dist.all_reduce(total)
+    return total.to(tensor.dtype)
+
+
+def largest(tensor):
+    """The largest of the processes' numbers (), as a Python number."""
+    if not dist.is_initialized():
+        return tensor.item()
+    tensor = tensor.detach().float().reshape(1)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+def barrier():
+    """Wait until all processes are here."""
+    largest(torch.zeros(1))
+
+
+def only_first(function):
+    """Call function() in the first process while the others wait; if it raises there, they end with status
+    2."""
+    if rank() > 0:
+        if largest(torch.zeros(1)):
+            sys.exit(2)
+        return
+    try:
+        function()
+    except BaseException:
+        largest(torch.ones(1))
+        raise
+    barrier()
+
+
+def check_split(args, n_train, device):
+    """Raise InputError if the processes cannot share an epoch's batches evenly, or for --compile on several
+    GPUs.
+
+    Synchronised batch norm has not been tried under compilation.
+    """
+    for size in (args.batch_size, n_train % args.batch_size):
+        if size % world():
+            raise InputError(f"{world()} processes cannot share a batch of {size}: change --batch-size")
+    if world() > 1 and args.compile and device.type == "cuda":
+        raise InputError("--compile is not supported on several GPUs")
+
+
+def sync_batch_norm(model, device):
+    """The model for several processes: its batch norm takes the statistics of the whole batch, on CUDA.
+
+    torch has no such layer for the CPU. There each process normalises by its own share, and the running
+    statistics are the first process's (share_statistics), as under DataParallel, with which the paper's
+    authors trained.
+    """
+    if world() == 1:
+        return model
+    if device.type == "cuda":
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    print("note: on the CPU batch norm is not synchronised, each process normalises by its own share")
+    return model
+
+
+def share_statistics(model):
+    """Under torchrun on the CPU, let all processes go on with the first one's running statistics."""
+    if dist.is_initialized() and not any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules()):
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def average_gradients(optimizer):
+    """Under torchrun, let every step of the optimiser use the gradient of the whole batch's mean loss."""
+    def average(optimizer, args, kwargs):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for g, mean in zip(grads, (flat / world()).split([g.numel() for g in grads])):
+            g.copy_(mean.view(g.shape))
+
+    if dist.is_initialized():
+        optimizer.register_step_pre_hook(average)
+
+
+# ---- Files -------------------------------------------------------------------------------------------------
+
+# Training images, test images, classes.
+NAMED_DATASETS = {"cifar10": (50_000, 10_000, 10), "cifar100": (50_000, 10_000, 100)}
+
+
+def fetch(name, data_dir="data"):
+    """The path of a data set's .npz; `cifar10` and `cifar100` are fetched into data_dir on first use.
+
+    Raises InputError for an unknown name or a download that fails.
+    """
+    if name in NAMED_DATASETS:
+        path = Path(data_dir) / f"{name}.npz"
+        only_first(lambda: path.exists() or download(name, path))
+        return path
+    if not str(name).endswith(".npz"):
+        known = ", ".join(NAMED_DATASETS)
+        raise InputError(f"unknown data set {str(name)!r}: there is {known}, or the path of an .npz")
+    return Path(name)
+
+
+def download(name, path):
+    prepare = HERE / "data" / "prepare.py"
+    if not prepare.exists():
+        raise InputError(f"there is neither {path} nor {prepare} to fetch it: give --dataset an .npz's path")
+    if subprocess.run([sys.executable, prepare, name, "--data-dir", path.parent]).returncode != 0:
+        raise InputError(f"could not obtain {name} (see above)")
+
+
+def dataset_size(args):
+    """(images to train on, test images, classes) of --dataset less --val, without fetching a named data set.
+
+    Raises InputError if nothing is left to train on.
+    """
+    if args.dataset in NAMED_DATASETS:
+        n_train, n_test, num_classes = NAMED_DATASETS[args.dataset]
+    else:
+        data = load_dataset(fetch(args.dataset))
+        n_train, n_test, num_classes = len(data.train_labels), len(data.test_labels), data.num_classes
+    if args.val >= n_train:
+        raise InputError(f"--val {args.val} leaves nothing to train on of {n_train:,} training images")
+    return n_train - args.val, n_test, num_classes
+
+
+def write_atomically(path, write):
+    """Call write(file) on a temporary file beside path, flush it to the disk and rename it: whole or not at
+    all.
+
+    Under torchrun only the first process writes.
+    """
+    if rank() > 0:
+        return
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    """Write value as indented JSON, atomically."""
+    write_atomically(path, lambda f: f.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def read_json(path, types):
+    """The JSON object in a file; types: {key: type} that it must hold. Raises InputError if it does not."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except ValueError as e:
+        raise InputError(f"{path} cannot be read: {first_line(e)}") from None
+    if not isinstance(value, dict) or not all(isinstance(value.get(k), t) for k, t in types.items()):
+        raise InputError(f"{path} was not written by this program: it should hold {', '.join(types)}")
+    return value
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of tensors and plain values, atomically; load_checkpoint reads it back."""
+    write_atomically(path, lambda f: torch.save(checkpoint, f))
+
+
+def load_checkpoint(path):
+    """The dict in a checkpoint file, on the CPU: ours, {"state_dict": ...}, or a bare state dict, which is
+    wrapped.
+
+    Only tensors and plain values are unpickled (weights_only=True). A `module.` prefix (DataParallel) and the
+    `sub_block1.*` keys of WideResNets, which no forward pass uses, are dropped. Raises InputError for a file
+    that is missing, cut short, holds other objects, or holds no state dict.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}") from None
+    except (PermissionError, IsADirectoryError):
+        raise  # the message says it all
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} is refused: no checkpoint, or more than tensors and plain values") from None
+    except Exception as e:  # a damaged file can raise nearly anything
+        raise InputError(f"{path} cannot be read as a checkpoint (cut short?): {first_line(e)}") from None
+    if isinstance(loaded, dict) and not isinstance(loaded.get("state_dict"), dict):
+        loaded = {"state_dict": loaded}
+    state = loaded["state_dict"] if isinstance(loaded, dict) else {}
+    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise InputError(f"{path} holds no state dict")
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    loaded["state_dict"] = {k: v for k, v in state.items() if not k.startswith("sub_block1.")}
+    return loaded
+
+
+def load_weights(model, state, path):
+    """model.load_state_dict(state), strictly but for `num_batches_tracked`, which old checkpoints lack.
+
+    Raises InputError, naming the first key that differs, or if a weight is not finite.
+    """
+    tracked = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
+    try:
+        model.load_state_dict({**tracked, **state})
+    except RuntimeError as e:  # line 2: what is missing, unexpected or of another size, the first key first
+        first = str(e).splitlines()[1].strip().split('", ')[0]
+        raise InputError(f"{path} is of another architecture: {first} ...") from None
+    broken = [k for k, v in model.state_dict().items() if not v.isfinite().all()]
+    if broken:
+        raise InputError(f"{path} holds NaN or infinite weights: {broken[0]}")
+
+
+def environment(device):
+    """What a reader needs to know about where numbers come from: commit, versions, device."""
+    def git(*args):
+        try:
+            done = subprocess.run(["git", "-C", HERE, *args], capture_output=True, text=True)
+        except FileNotFoundError:  # no git on this machine
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    cuda = device.type == "cuda"
+    return {
+        "git_commit": commit,
+        "git_dirty": None if changes is None else bool(changes),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                     "cuda": torch.version.cuda if cuda else None},
+        "device": torch.cuda.get_device_name(device) if cuda else
+                  f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "processes": world(),
+    }
+
+
+# ---- The folder of a run -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked_folder(out, lock=".lock"):
+    """Make the folder and hold a lock in it while open; the lock ends with the process.
+
+    Raises InputError if another process holds it. Where the file system has no locks, say so and go on.
+    """
+    def take(f):
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is working in {out}") from None
+        except OSError as e:
+            print(f"note: {out} cannot be locked ({e.strerror}): see that no other process works in it")
+
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / lock, "w") as f:
+        only_first(lambda: take(f))
+        yield
+
+
+class Run:
+    """The folder of a training run: args.json, log.jsonl, last.pt and best.pt; locked while it is open.
+
+    state: {name: what is saved}: each has state_dict() and load_state_dict(). tested: the one of them whose
+    weights are tested and end up in best.pt, by default the model. about: what else eval_aa.py needs to
+    rebuild it. measure: the log entry's accuracy that the best epoch has most of. parser: the script's, for
+    the defaults of settings that an older run does not know.
+
+    epoch: how many epochs are done. best: the log entry of the best of them, or None.
+    """
+
+    def __init__(self, args, parser, state, about, data_sha256, measure, tested=None):
+        self.args, self.parser, self.state = args, parser, state
+        self.data_sha256, self.measure = data_sha256, measure
+        self.tested = tested or state["model"]
+        self.about = {"args": vars(args), **about}
+        self.device = next(self.tested.parameters()).device
+        self.out = Path(args.out)
+        self.epoch, self.best = 0, None
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self):
+        """Lock the folder, write args.json or, with --resume, check it and restore the state from last.pt.
+
+        Raises InputError if the folder already holds a run and --resume was not given, or one of other
+        settings.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked_folder(self.out))
+            only_first(self.claim)
+            if (self.out / "last.pt").exists():
+                self.restore()
+            self.trim_log()
+            self.stack = stack.pop_all()
+        if self.epoch < self.args.epochs:
+            self.show_header()
+        self.started = self.saved = time.time()
+        self.done_before = self.epoch
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.stack.close()
+        if kind is KeyboardInterrupt:
+            command = shlex.join(["python", *command_line()]) + ("" if self.args.resume else " --resume")
+            raise Stopped(130, f"interrupted; to go on: {command}") from None
+        if kind is FloatingPointError:
+            good = f"the last good checkpoint is {self.out / 'last.pt'}, of epoch {self.epoch}"
+            good = good if self.epoch else "there is no good checkpoint yet"
+            raise Stopped(1, f"stopped: {error} of epoch {self.epoch + 1}; {good}") from None
+        if kind is None:
+            self.show_best()
+
+    def claim(self):
+        """Write args.json, or check that it is this run's."""
+        record, last = self.out / "args.json", self.out / "last.pt"
+        now = {"command": command_line(), **environment(self.device)}
+        if not record.exists():
+            remains = [f for f in ("last.pt", "best.pt", "log.jsonl") if (self.out / f).exists()]
+            if remains:
+                raise InputError(f"{self.out} holds {remains[0]} but no args.json: choose another --out")
+            settings = {"args": vars(self.args), **now, "data_sha256": self.data_sha256}
+            write_json(record, {**settings, "resumed": []})
+            return
+        if not self.args.resume:
+            raise InputError(f"{self.out} already holds a run: --resume to go on, or choose another --out")
+        before = read_json(record, {"args": dict, "command": list, "data_sha256": str, "resumed": list})
+        differ = differences(before["args"], vars(self.args), self.parser)
+        if before["command"][0] != now["command"][0]:
+            differ.insert(0, f"the script was {before['command'][0]}")
+        if before["data_sha256"] != self.data_sha256:
+            differ.append("the data are other data")
+        if differ:
+            raise InputError(f"{self.out} was started with other arguments: {'; '.join(differ)}")
+        epoch = load_checkpoint(last).get("epoch") if last.exists() else 0
+        write_json(record, {**before, "resumed": [*before["resumed"], {"epoch": epoch, **now}]})
+
+    def restore(self):
+        """Put state, epoch and best back where last.pt has them."""
+        last = self.out / "last.pt"
+        checkpoint = load_checkpoint(last)
+        others = {k: v for k, v in self.state.items() if v is not self.tested}
+        if not {"args", "epoch", "log", "best", *others} <= checkpoint.keys() or \
+                differences(checkpoint["args"], vars(self.args), self.parser):
+            raise InputError(f"{last} is not a checkpoint of this run")
+        load_weights(self.tested, checkpoint["state_dict"], last)
+        for name, value in others.items():
+            value.load_state_dict(checkpoint.pop(name))
+        self.epoch, self.best = checkpoint["epoch"], checkpoint.pop("best")
+        if self.best == checkpoint["log"]:
+            save_checkpoint(self.out / "best.pt", checkpoint)  # the run may have been killed just before
+        print(f"{self.out} has finished" if self.epoch == self.args.epochs else
+              f"going on with {self.out} after epoch {self.epoch}")
+
+    def trim_log(self):
+        """Drop from log.jsonl what a killed run had written beyond its last checkpoint, torn lines too."""
+        log = self.out / "log.jsonl"
+        if log.exists():
+            lines = log.read_text().splitlines()[: self.epoch]
+            write_atomically(log, lambda f: f.write("".join(f"{line}\n" for line in lines).encode()))
+
+    def save(self, entry):
+        """Put an epoch on the disk: its line in log.jsonl, last.pt, and best.pt if it is the best so far.
+
+        entry: what the log says of it. Whatever the moment a run is killed at, log and best.pt agree with
+        last.pt once it has been resumed. Raises FloatingPointError if a weight is NaN or infinite.
+        """
+        weights = {k: v.cpu() for k, v in self.tested.state_dict().items()}
+        if not all(v.isfinite().all() for v in weights.values()):
+            raise FloatingPointError("a weight is not finite at the end")
+        self.epoch += 1
+        entry = {"epoch": self.epoch, **entry, "seconds": round(time.time() - self.saved, 2)}
+        self.saved = time.time()
+        if self.measure in entry and (self.best is None or entry[self.measure] > self.best[self.measure]):
+            self.best = entry
+        append_line(self.out / "log.jsonl", entry)
+        checkpoint = {"state_dict": weights, "epoch": self.epoch, "log": entry, **self.about}
+        others = {k: v.state_dict() for k, v in self.state.items() if v is not self.tested}
+        save_checkpoint(self.out / "last.pt", {**checkpoint, **others, "best": self.best})
+        if self.best is entry:
+            save_checkpoint(self.out / "best.pt", checkpoint)
+        self.show(entry)
+
+    def show_header(self):
+        split = self.measure.partition("_")[0]
+        print(f"    epoch        lr    loss | train adv  clean | "
+              f"{split:>4} clean PGD-10   |     time     left")
+
+    def show(self, entry):
+        """Print an aligned line for an epoch, starred if it is the best so far."""
+        def cell(key):
+            value = entry.get(key)
+            return f"{'-' if value is None else f'{value:.2f}':>6}"
+
+        split = self.measure.partition("_")[0]
+        left = (self.saved - self.started) / (self.epoch - self.done_before) * (self.args.epochs - self.epoch)
+        print(f"{self.epoch:4}/{self.args.epochs:<4} {entry['lr']:9.2e} {entry['train_loss']:7.4f} | "
+              f"   {cell('train_adv_acc')} {cell('train_clean_acc')} | "
+              f"    {cell(f'{split}_clean')} {cell(f'{split}_pgd10')} {'*' if self.best is entry else ' '} | "
+              f"{clock(entry['seconds']):>8} {clock(left):>8}", flush=True)
+
+    def show_best(self):
+        split = self.measure.partition("_")[0]
+        robust = self.best[f"{split}_pgd10"]
+        figures = f"clean {self.best[f'{split}_clean']:.2f}"
+        figures += "" if robust is None else f", PGD-10 {robust:.2f}"
+        print(f"best of {self.args.epochs} epochs on the {split} set: epoch {self.best['epoch']}, {figures}: "
+              f"{self.out / 'best.pt'}\nevaluate it with: python eval_aa.py {self.out}")
+
+
+def append_line(path, entry):
+    """Append one JSON line, on the disk when this returns; under torchrun the first process does."""
+    if rank() > 0:
+        return
+    with open(path, "a") as f:
+        f.write(json.dumps(entry) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+# ---- Console -----------------------------------------------------------------------------------------------
+
+
+def show_setting(args, model, n_train, n_test):
+    """Print everything that decides a training run."""
+    for key, value in vars(args).items():
+        print(f"  --{key.replace('_', '-'):18}{fraction_text(value) if key in ('eps', 'alpha') else value}")
+    steps = math.ceil(n_train / args.batch_size)
+    held_out = f" (and {args.val:,} held out)" if args.val else ""
+    print(f"data   {args.dataset}: {n_train:,} training images{held_out}, {n_test:,} test images")
+    print(f"model  {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"steps  {args.epochs} epochs of {steps:,}: {args.epochs * steps:,}")
+    for flag in ("warmup_lr", "warmup_eps", "early_stop_pgd"):
+        value = getattr(args, flag, None)
+        if value and (max(value) if isinstance(value, list) else value) > args.epochs:
+            print(f"warning: --{flag.replace('_', '-')} reaches beyond the run's {args.epochs} epochs")
+    late = [f"{e:g}" for e in args.lr_decay_epochs if e >= args.epochs]
+    if args.lr_schedule == "piecewise" and late:
+        print(f"warning: the learning rate never drops at {', '.join(late)}, "
+              f"for the run ends after {args.epochs} epochs")
+
+
+def progress_bar(total, name):
+    """A tqdm bar over images, shown on a terminal by the first process."""
+    hidden = True if rank() else None  # None: hidden unless stderr is a terminal
+    return tqdm(total=total, desc=name, unit=" img", leave=False, mininterval=0.5, disable=hidden)
+
+
+def progress(stream, n, name, meter):
+    """Yield the stream's (x, y) under a progress bar over n images, which shows the meter's figures."""
+    with progress_bar(n, name) as bar:
+        for x, y in stream:
+            yield x, y
+            due = bar.update(world() * len(y)) and world() == 1
+            if due or meter.steps % 100 == 0:  # not at every step: reading the figures waits for the device
+                loss, adv_acc, _ = meter.read()
+                bar.set_postfix_str(f"loss {loss:.3f}, adv acc {adv_acc:.1f} %", refresh=False)
+
+
+class Meter:
+    """Sums over an epoch, kept on the device so that a training step never waits for the host."""
+
+    def __init__(self, device):
+        self.steps = 0
+        self.sums = torch.zeros(4, device=device)  # loss, right on adversarial, right on clean images; images
+        self.bad_step = torch.full((), -1, device=device)  # the first step whose loss was not finite
+
+    @torch.no_grad()
+    def add(self, loss, y, logits, clean_logits=None):
+        """Count a step. loss (): the batch mean; logits (B, K) on adversarial, clean_logits on clean
+        images."""
+        right = (logits.argmax(1) == y).sum()
+        right_clean = torch.zeros_like(right) if clean_logits is None else (clean_logits.argmax(1) == y).sum()
+        self.sums += torch.stack([loss * len(y), right, right_clean, torch.full_like(right, len(y))])
+        self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(loss), self.steps, self.bad_step)
+        self.steps += 1
+
+    def read(self):
+        """Mean loss, adversarial and clean accuracy in per cent, over all processes. Waits for the device.
+
+        Raises FloatingPointError, which names the first step (from 0) whose loss was not finite.
+        """
+        bad_step = int(largest(self.bad_step))
+        if bad_step >= 0:
+            raise FloatingPointError(f"the loss is not finite at step {bad_step}")
+        loss, adv, clean, images = add_up(self.sums).tolist()
+        return round(loss / images, 5), round(100 * adv / images, 2), round(100 * clean / images, 2)
+
+
+def clock(seconds):
+    """1:02:03 or 2:03."""
+    m, s = divmod(int(seconds + 0.5), 60)
+    h, m = divmod(m, 60)
+    return f"{h}:{m:02}:{s:02}" if h else f"{m}:{s:02}"

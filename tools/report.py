@@ -1,0 +1,437 @@
+"""The paper's tables and figures, ours beside theirs, from the runs in runs/ and results/.
+
+    python -m tools.report                    which rows are done, running, partly evaluated, missing; hours
+    python -m tools.report t4                 a table (t2 ... t9, t12, t13, s1, x): ours (paper, difference)
+    python -m tools.report f1                 a figure (f1 ... f4): figures/f1.png and .pdf (--out: elsewhere)
+    python -m tools.report curves RUN...      learning curves, best epochs marked
+    python -m tools.report compare RUN...     clean and PGD-10 accuracy of rows, seeds side by side
+    python -m tools.report attack RUN         test images, adversarial versions, perturbations, predictions
+    python -m tools.report deviations RUN     how its setting differs from the row that its folder names
+    python -m tools.report collect RUN...     copy complete runs, without weights, to results/
+    python -m tools.report robustbench RUN    the model-info JSON of a RobustBench entry
+    python -m tools.report readme             renew the README's table of what is in results/
+
+RUN is a folder named after a row of run_all.sh, or a row and a seed (t2-base@1). Differences from the paper
+beyond seed noise are bold.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import eval_aa
+import runs
+import train_pgdat
+import train_trades
+from tools.figures import METRICS, NAMES, draw_attack, draw_comparison, draw_curves, draw_figure, subplots
+from utils import InputError, attack_mode, load_dataset, pgd, random_start, seeded, to_float
+
+SCRIPTS = {"train_pgdat.py": train_pgdat, "train_trades.py": train_trades}
+NOISE = {"clean": 0.5, "pgd10": 0.5, "aa": 0.3}  # between seeds; larger differences from the paper are bold
+CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+BEGIN, END = "<!-- measured, by tools.report readme -->", "<!-- end of measured -->"
+TAKES = {"status": 0, "readme": 0, "f1": 0, "f2": 0, "f3": 0, "f4": 0, "attack": 1, "deviations": 1,
+         "robustbench": 1, "curves": 99, "compare": 99, "collect": 99}  # at most so many RUNs
+
+
+# ---- Reading -----------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A line of run_all.sh.
+
+    paper: {"clean": 82.52, "pgd10": 53.58, "aa": None}. run: the row that it is the same run as, often
+    itself. setting: the script and what its flags resolve to, or {} if a checkpoint is only evaluated.
+    evaluation: eval_aa.py's arguments.
+    """
+
+    id: str
+    paper: dict
+    run: str
+    setting: dict
+    evaluation: object
+
+
+class Run(NamedTuple):
+    """A run's folder: args.json, log, result.json, result_last.json. What is missing is None or empty."""
+
+    folder: Path
+    record: dict | None
+    log: list
+    best: dict | None
+    last: dict | None
+
+
+def row_and_seed(folder):
+    """What a folder's name claims: (row, seed or ""); ("", "") if the seed is no number."""
+    row, _, seed = Path(folder).absolute().name.partition("@")
+    return (row, seed) if (seed or "0").isdigit() else ("", "")
+
+
+def manifest():
+    """{id: Row}, in the order of run_all.sh."""
+    command = ["bash", runs.HERE / "run_all.sh", "list"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    fields = [[field.strip() for field in line.split("|")] for line in listed.splitlines()]
+    commands, rows = {row: command for row, _, command in fields}, {}
+    for row, paper, command in fields:
+        run = command[2:] if command.startswith("= ") else row
+        train, _, evaluation = commands[run].partition(";")
+        script, *argv = train.split()
+        setting = {"script": script, **vars(SCRIPTS[script].parse_args(argv))} if script in SCRIPTS else {}
+        figures = {m: None if v == "-" else float(v) for m, v in zip(METRICS, paper.split("/"))}
+        rows[row] = Row(row, figures, run, setting, eval_aa.parse_args(["-", *evaluation.split()[1:]]))
+    return rows
+
+
+def read(path, *keys):
+    """The value in a .json file, or the lines of a .jsonl file, each with these keys.
+
+    None if the file is missing or, with a warning that names it, malformed.
+    """
+    try:
+        text, lines = path.read_text(), path.suffix == ".jsonl"
+        values = [json.loads(t) for t in (text.splitlines() if lines else [text])]
+        if all(set(keys) <= value.keys() for value in values):
+            return values if lines else values[0]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (AttributeError, ValueError):
+        pass
+    print(f"warning: {path} is malformed: skipped", file=sys.stderr)
+
+
+def read_run(folder):
+    """The Run in a folder, or None if there is none."""
+    folder = Path(folder)
+    record = read(folder / "args.json", "args", "command", "device", "versions")
+    best, last = (read(folder / name, *METRICS, "n", "test_images", "eps", "stages")
+                  for name in ("result.json", "result_last.json"))
+    log = read(folder / "log.jsonl", "epoch", "seconds") if record else None
+    return Run(folder, record, log or [], best, last) if record or best or last else None
+
+
+def find_runs(row, roots=("runs", "results")):
+    """{seed: Run} of a row ("": the row's own), from the first of the roots that holds a result of it."""
+    found = {}
+    for folder in (f for root in roots for f in sorted(Path(root).glob(f"{row.run}*"))):
+        name, seed = row_and_seed(folder)
+        done = seed in found and (found[seed].best or found[seed].last)
+        if name == row.run and not done and (run := read_run(folder)):
+            found[seed] = run
+    return found
+
+
+def claimed(folder, rows):
+    """(Run in a folder, Row that the folder's name claims). Raises InputError if there is none."""
+    run, (row, _) = read_run(folder), row_and_seed(folder)
+    if run is None or run.record is None:
+        raise InputError(f"{folder} holds no run that can be read")
+    if row not in rows:
+        raise InputError(f"{folder}: run_all.sh has no row {Path(folder).absolute().name}")
+    return run, rows[rows[row].run]
+
+
+# ---- Arithmetic --------------------------------------------------------------------------------------------
+
+
+def deviations(run, row):
+    """How a run's setting (was) differs from its row's (is), with the seed that its folder claims."""
+    if not row.setting:
+        return []
+    if run.record is None:
+        return ["it has no args.json that can be read"]
+    _, seed = row_and_seed(run.folder)
+    want = row.setting | ({"seed": int(seed)} if seed else {})
+    got = {"script": run.record["command"][0], **run.record["args"]}
+    got |= {k: want[k] for k in ("precision", "compile")}  # how it was computed, not what
+    want, got = ({**s, "data": Path(s["dataset"]).name} for s in (want, got))
+    return runs.differences(got, want, SCRIPTS[row.setting["script"]].make_parser())
+
+
+def whole(result, row):
+    """Whether a result holds the figures that the row's evaluation asks for, on all those images."""
+    wanted = METRICS if row.evaluation.attacks == eval_aa.STANDARD else ("clean", "pgd10")
+    return bool(result) and result["n"] == (row.evaluation.n or result["test_images"]) \
+        and all(result[m] is not None for m in wanted)
+
+
+def judged(run, row):
+    """The whole result of the checkpoint that the row is judged by, the best or the last; or None."""
+    result = run.last if row.evaluation.which == "last" else run.best
+    return result if whole(result, row) else None
+
+
+def valid_runs(row):
+    """The runs of a row, one a seed, that have the row's setting; others are skipped with a warning."""
+    valid = []
+    for run in find_runs(row).values():
+        if differ := "; ".join(deviations(run, row)):
+            print(f"warning: {run.folder} is not row {row.run} ({differ}): skipped", file=sys.stderr)
+        else:
+            valid.append(run)
+    return valid
+
+
+def judged_results(found, row):
+    """The results, one a run, of the runs that are evaluated as the row asks."""
+    return [result for run in found if (result := judged(run, row))]
+
+
+def cell(values, paper, noise):
+    """`ours (paper, difference)`. ours: the mean over seeds, ± the standard deviation of several."""
+    if not values:
+        return "" if paper is None else f"({paper:.2f})"
+    mean = statistics.mean(values)
+    ours = f"{mean:.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    if paper is None:
+        return ours
+    difference = round(mean - paper, 2)
+    bold = "**" if abs(difference) > noise else ""
+    return f"{ours} ({paper:.2f}, {bold}{difference:+.2f}{bold})"
+
+
+def hours(run):
+    """Hours of training and evaluation."""
+    seconds = [entry["seconds"] for entry in run.log]
+    for result in filter(None, (run.best, run.last)):
+        for took in (stage["seconds"] for stage in result["stages"].values()):
+            seconds += took.values() if isinstance(took, dict) else [took]
+    return sum(seconds) / 3600
+
+
+# ---- Text --------------------------------------------------------------------------------------------------
+
+
+def markdown(header, lines):
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
+
+
+def setting_text(key, value):
+    """How a table shows a setting."""
+    if value is None:
+        return "-"
+    if key == "eps":
+        return runs.fraction_text(value)
+    return "/".join(f"{v:g}" for v in value) if isinstance(value, list) else str(NAMES.get(value, value))
+
+
+def table(rows):
+    """Rows in the paper's order: the settings that they differ in, the figures, the other checkpoint's."""
+    def values(results, metric):
+        return [r[metric] for r in results if r[metric] is not None]
+
+    # A row that lacks a setting (of another script) does not make it differ.
+    settings = {k: {str(row.setting.get(k, v)) for row in rows} for r in rows for k, v in r.setting.items()}
+    keys = [k for k, different in settings.items() if len(different) > 1 and k not in ("out", "alpha")]
+    header = ["row", *(k.replace("_", " ") for k in keys), *METRICS.values()]
+    lines, others = [], []
+    for row in rows:
+        found = [run for run in valid_runs(row) if judged(run, row)]
+        ours = judged_results(found, row)
+        other = [r for run in found for r in (run.best, run.last) if whole(r, row) and r not in ours]
+        cells = [cell(values(ours, m), row.paper[m], NOISE[m]) for m in METRICS]
+        lines.append([row.id, *(setting_text(k, row.setting.get(k)) for k in keys), *cells])
+        others.append([cell(values(other, m), None, 0) for m in METRICS])
+    if not any(map(any, others)):
+        return markdown(header, lines)
+    header += [f"{m}, other checkpoint" for m in METRICS.values()]
+    text = markdown(header, [line + other for line, other in zip(lines, others)])
+    return f"{text}\n\nOther checkpoint: the last; of rows judged by the last, the best."
+
+
+def status(rows):
+    """Which rows are done, running, partly evaluated, missing; hours spent."""
+    state = {"done": [], "partial": [], "running": [], "missing": []}
+    spent = {"GPU": 0.0, "CPU": 0.0}
+    for row in (r for r in rows.values() if r.run == r.id):
+        found, name = find_runs(row).values(), row.id
+        for run in found:
+            spent["GPU" if run.record and run.record["versions"].get("cuda") else "CPU"] += hours(run)
+        if judged_results(found, row):
+            kind = "done"
+        elif any(run.best or run.last for run in found):
+            kind = "partial"
+        elif found:
+            kind = "running"
+            name += f" ({max(len(run.log) for run in found)} of {row.setting.get('epochs')} epochs)"
+        else:
+            kind = "missing"
+        state[kind].append(name)
+    lines = [f"{kind:8} {len(ids):4}   {', '.join(ids)}" for kind, ids in state.items()]
+    return "\n".join(lines + [f"{kind}-hours {h:.2f}" for kind, h in spent.items()])
+
+
+def renew_readme(rows, path=runs.HERE / "README.md"):
+    """The README's text with its table of what is in results/ renewed."""
+    def text(figures):
+        return ["-" if figures[m] is None else f"{figures[m]:.2f}" for m in METRICS]
+
+    lines = []
+    for row in (r for r in rows.values() if r.run == r.id):
+        for run in find_runs(row, roots=[runs.HERE / "results"]).values():
+            if result := judged(run, row):
+                paper = " / ".join(text(row.paper)) if any(row.paper.values()) else "-"
+                device = run.record["device"] if run.record else "-"
+                lines.append([f"`{run.folder.name}`", *text(result), paper, f"{result['n']:,}", device,
+                              runs.clock(3600 * hours(run))])
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise InputError(f"{path} has no {BEGIN} ... {END}")
+    measured = markdown(["row", *METRICS.values(), "paper", "test images", "device", "time"], lines)
+    return f"{before}{BEGIN}\n{measured}\n{END}{after}"
+
+
+def collect(run, row):
+    """Copy a run's text files to results/. Raises InputError if it is not all that its row says."""
+    problems = deviations(run, row)
+    if len(run.log) != run.record["args"]["epochs"]:
+        problems.append(f"its log has {len(run.log)} epochs")
+    if not judged(run, row):
+        problems.append(f"its {row.evaluation.which} checkpoint is not evaluated as the row asks, "
+                        "on all images by all attacks")
+    if problems:
+        raise InputError(f"{run.folder} is not all of row {row.id}: {'; '.join(problems)}")
+    target = Path("results") / run.folder.absolute().name
+    target.mkdir(parents=True, exist_ok=True)
+    for path in map(run.folder.joinpath, ("args.json", "log.jsonl", "result.json", "result_last.json")):
+        if path.exists():
+            (target / path.name).write_bytes(path.read_bytes())
+    return f"{run.folder} -> {target}"
+
+
+def robustbench(run):
+    """RobustBench's model-info JSON, for a run's best checkpoint."""
+    r, args = run.best, run.record["args"]
+    if not r or r["aa"] is None or r["n"] != r["test_images"] or args["dataset"] not in runs.NAMED_DATASETS:
+        raise InputError(f"{run.folder}: not evaluated by AutoAttack (standard) on all test images of CIFAR, "
+                         "as RobustBench asks")
+    return json.dumps({
+        "link": "https://arxiv.org/abs/2010.00467", "name": "Bag of Tricks for Adversarial Training",
+        "authors": "Tianyu Pang, Xiao Yang, Yinpeng Dong, Hang Su, Jun Zhu", "additional_data": False,
+        "number_forward_passes": 1, "dataset": args["dataset"], "venue": "ICLR 2021",
+        "architecture": setting_text("model", args["model"]), "eps": runs.fraction_text(r["eps"]),
+        "clean_acc": f"{r['clean']:.2f}", "reported": f"{r['aa']:.2f}", "autoattack_acc": f"{r['aa']:.2f}",
+        "unreliable": False}, indent=2)
+
+
+# ---- Figures -----------------------------------------------------------------------------------------------
+
+
+def show_attack(folder, data_dir, n=8):
+    """The first n test images under PGD-10 on a run's best checkpoint."""
+    path = Path(folder) / "best.pt"
+    checkpoint = runs.load_checkpoint(path)
+    if not eval_aa.is_ours(checkpoint):
+        raise InputError(f"{path} is no checkpoint of a training run")
+    dataset, eps = (checkpoint["args"][k] for k in ("dataset", "eps"))
+    model, spec = eval_aa.rebuild(eval_aa.parse_args([str(path)]), path, checkpoint, checkpoint["args"])
+    is_cifar10 = Path(dataset).name.startswith("cifar10") and spec["num_classes"] == 10
+    classes = CLASSES if is_cifar10 else range(spec["num_classes"])
+    data = load_dataset(runs.fetch(dataset, data_dir))
+    x, y = to_float(data.test_images[:n]), data.test_labels[:n]  # x (n, 3, 32, 32)
+
+    def predictions(x):
+        pairs = zip(model(x).argmax(1), y)
+        return [f"{classes[p]}" if p == t else f"{classes[p]}\n(not {classes[t]})" for p, t in pairs]
+
+    with attack_mode(model, "eval"):
+        x_adv = pgd(model, x, y, random_start(x, eps, seeded("cpu", 0)), eps, 2 / 255, 10)
+        before, after = predictions(x), predictions(x_adv)
+    fig, axes = subplots(len(x), 1.2 * len(x), 4, rows=3)
+    draw_attack(axes, x, x_adv, eps, before, after)
+    return fig
+
+
+def show_curves(folders, rows):
+    """The learning curves of any runs, with the paper's figures of those named after a row."""
+    curves = []
+    for folder in folders:
+        run, name = read_run(folder), Path(folder).absolute().name
+        if not (run and run.log):
+            raise InputError(f"{folder} holds no log that can be read")
+        row = rows.get(row_and_seed(folder)[0])
+        curves.append((name, run.log, row.paper if row else dict.fromkeys(METRICS), len(run.log)))
+    fig, axes = subplots(1, 5.5)
+    draw_curves(axes[0][0], curves)
+    return fig
+
+
+def show_comparison(folders, rows):
+    """The accuracies of the rows that some runs are of, with all their seeds."""
+    compared = {row.id: row for _, row in (claimed(folder, rows) for folder in folders)}
+    titles = {f"{setting_text('model', s['model'])}, {Path(s['dataset']).stem}, {s['epochs']} epochs"
+              for s in (row.setting for row in compared.values())}
+    title = titles.pop() if len(titles) == 1 else "several settings"
+    circle = "; a circle is the paper's" if any(any(row.paper.values()) for row in compared.values()) else ""
+    fig, axes = subplots(2, 8, 1.4 + 0.4 * len(compared))
+    fig.suptitle(f"{title}; a dot is a seed{circle}")
+    shown = {r: (judged_results(valid_runs(row), row), row.paper) for r, row in compared.items()}
+    draw_comparison(axes[0], shown)
+    return fig
+
+
+def draw(what, folders, rows, data_dir):
+    """The figure that a command line asks for."""
+    if what == "attack":
+        return show_attack(folders[0], data_dir)
+    if what == "curves":
+        return show_curves(folders, rows)
+    if what == "compare":
+        return show_comparison(folders, rows)
+    shown = []
+    for row in (row for r, row in rows.items() if r.startswith(what)):
+        found = valid_runs(row)
+        shown.append((row, found[0].log if found else [], next(iter(judged_results(found, row)), {})))
+    return draw_figure(what, shown)
+
+
+def save(fig, stem):
+    """Write a figure as .png and .pdf."""
+    Path(stem).parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".png", ".pdf"):
+        fig.savefig(f"{stem}{suffix}")
+    print(f"{stem}.png, {stem}.pdf")
+
+
+# ---- The command line --------------------------------------------------------------------------------------
+
+
+def main():
+    p = runs.Parser(description=__doc__)
+    p.add_argument("what", nargs="?", default="status", help="status, a table, a figure or a command (above)")
+    p.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs")
+    p.add_argument("--out", help="file of a picture (default: figures/ and what it shows)")
+    p.add_argument("--data-dir", default="data", help="for `attack`: where cifar10.npz is")
+    args = p.parse_args()
+    rows, what, folders = manifest(), args.what, args.runs
+    tables, most = {r.partition("-")[0] for r in rows if r[0] not in "fq"}, TAKES.get(what, 0)
+    if what not in {*tables, *TAKES}:
+        p.error(f"{what!r} is no table, figure or command of report.py: see --help")
+    if not min(most, 1) <= len(folders) <= most:
+        p.error(f"{what} takes {('no RUN', 'one RUN', 'one RUN or more')[min(most, 2)]}")
+    if what == "status":
+        print(status(rows))
+    elif what in tables:
+        print(table([row for r, row in rows.items() if r.partition("-")[0] == what]))
+    elif what == "readme":
+        text = renew_readme(rows)
+        runs.write_atomically(runs.HERE / "README.md", lambda f: f.write(text.encode()))
+    elif what == "deviations":
+        print("\n".join(deviations(*claimed(folders[0], rows))) or "none")
+    elif what == "collect":
+        print("\n".join(collect(*claimed(folder, rows)) for folder in folders))
+    elif what == "robustbench":
+        print(robustbench(claimed(folders[0], rows)[0]))
+    else:
+        default = f"figures/{'-'.join([what, *(Path(f).absolute().name for f in folders)])}"
+        fig = draw(what, folders, rows, args.data_dir)
+        save(fig, (args.out or default).removesuffix(".png").removesuffix(".pdf"))
+
+
+if __name__ == "__main__":
+    runs.run_script(main)
