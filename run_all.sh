@@ -107,7 +107,8 @@ t8-wrn20-wd5e-4-softplus-bntrain-ls0.1 | 85.69/57.86/53.66 | train_pgdat.py --mo
 t8-wrn20-wd5e-4-softplus-bneval-ls0.1 | 87.86/57.33/53.23 | train_pgdat.py --model wrn-34-20 --wd 5e-4 --activation softplus --bn-mode eval --ls 0.1
 t8-wrn20-wd5e-4-softplus-bntrain-ls0.2 | 84.82/57.93/53.39 | train_pgdat.py --model wrn-34-20 --wd 5e-4 --activation softplus --bn-mode train --ls 0.2
 t8-wrn20-wd5e-4-softplus-bneval-ls0.2 | 87.58/57.19/53.26 | train_pgdat.py --model wrn-34-20 --wd 5e-4 --activation softplus --bn-mode eval --ls 0.2
-# Table 9: TRADES. At eps 8/255, beta 6 and the step of 2/255 are assumptions.
+# Table 9: TRADES. Assumptions, at both eps: beta 6 and the attack's step (0.007 at 0.031, as in Zhang et al.'s code; 2/255 at 8/255).
+# The released codes have eval mode only: train mode is a reconstruction. 110 epochs are from the authors' README (of TRADES).
 t9-eps0.031-wrn10-wd2e-4-relu-bntrain | 83.86/54.96/51.52 | train_trades.py --model wrn-34-10 --wd 2e-4 --bn-mode train --eps 0.031 --alpha 0.007
 t9-eps0.031-wrn10-wd2e-4-relu-bneval | 85.17/55.10/51.85 | train_trades.py --model wrn-34-10 --wd 2e-4 --bn-mode eval --eps 0.031 --alpha 0.007
 t9-eps0.031-wrn10-wd5e-4-relu-bntrain | 84.17/57.34/53.51 | train_trades.py --model wrn-34-10 --wd 5e-4 --bn-mode train --eps 0.031 --alpha 0.007
@@ -125,18 +126,27 @@ t9-eps8-wrn20-wd2e-4-relu-bneval    | 85.48/53.21/50.59 | train_trades.py --mode
 t9-eps8-wrn20-wd5e-4-relu-bntrain   | 85.87/57.40/54.22 | train_trades.py --model wrn-34-20 --wd 5e-4 --bn-mode train --eps 8/255 --alpha 2/255
 t9-eps8-wrn20-wd5e-4-relu-bneval    | 86.43/57.91/54.39 | train_trades.py --model wrn-34-20 --wd 5e-4 --bn-mode eval --eps 8/255 --alpha 2/255
 t9-eps8-wrn20-wd5e-4-softplus-bneval | 85.51/57.50/54.21 | train_trades.py --model wrn-34-20 --wd 5e-4 --activation softplus --bn-mode eval --eps 8/255 --alpha 2/255
-# Table 12: TRADES, ResNet-18.
+# Table 12: TRADES, ResNet-18. Assumptions and reconstruction as in Table 9.
 t12-r18-wd5e-4-relu-bntrain         | 80.23/53.60/48.96 | train_trades.py --wd 5e-4 --bn-mode train
 t12-r18-wd5e-4-softplus-bntrain     | 81.26/54.58/50.35 | train_trades.py --wd 5e-4 --activation softplus --bn-mode train
 t12-r18-wd5e-4-relu-bneval          | 81.45/53.51/49.06 | train_trades.py --wd 5e-4 --bn-mode eval
 t12-r18-wd5e-4-softplus-bneval      | 82.37/54.37/50.51 | train_trades.py --wd 5e-4 --activation softplus --bn-mode eval
-# Table 13: the models of Table 9 that the paper enters in AutoAttack's benchmark; and the authors' released checkpoints of them.
+# Table 13: the models of Table 9 that the paper enters in AutoAttack's benchmark; the authors' released checkpoints of them (linked
+# from the README of github.com/P2333/Bag-of-Tricks-for-AT); and those of the quoted methods whose weights are public in PyTorch and whose
+# architecture is here. model_cifar_wrn.pt is linked from the README of github.com/yaodongyu/TRADES; the other three are named as
+# RobustBench (github.com/RobustBench/robustbench) stores them in models/cifar10/Linf when it loads them by that name. All take plain
+# images but Rice et al.'s, which normalises as PGD-AT does here. Not here: Pang et al. 2020c (85.14/-/53.74: a network of its own, with
+# normalised features and weights) and Qin et al. 2019 (86.28/-/52.84: a WRN-40-8, not released in PyTorch).
 t13-eps8-wrn20                      | 86.43/-/54.39     | = t9-eps8-wrn20-wd5e-4-relu-bneval
 t13-eps8-wrn10                      | 85.48/-/53.80     | = t9-eps8-wrn10-wd5e-4-relu-bneval
 t13-eps0.031-wrn10                  | 85.34/-/54.64     | = t9-eps0.031-wrn10-wd5e-4-relu-bneval
 t13-eps8-wrn20-released             | 86.43/-/54.39     | eval_aa.py checkpoints/wide20_trades_eps8_tricks.pt --model wrn-34-20 --no-normalize --eps 8/255
 t13-eps8-wrn10-released             | 85.48/-/53.80     | eval_aa.py checkpoints/wide10_trades_eps8_tricks.pt --model wrn-34-10 --no-normalize --eps 8/255
 t13-eps0.031-wrn10-released         | 85.34/-/54.64     | eval_aa.py checkpoints/wide10_trades_tricks.pt --model wrn-34-10 --no-normalize --eps 0.031
+t13-zhang2019b-released             | 84.92/-/53.08     | eval_aa.py checkpoints/model_cifar_wrn.pt --model wrn-34-10 --no-normalize --eps 0.031
+t13-rice2020-released               | 85.34/-/53.42     | eval_aa.py checkpoints/Rice2020Overfitting.pt --model wrn-34-20 --eps 8/255
+t13-huang2020-released              | 83.48/-/53.34     | eval_aa.py checkpoints/Huang2020Self.pt --model wrn-34-10 --no-normalize --eps 0.031
+t13-zhang2020-released              | 84.52/-/53.51     | eval_aa.py checkpoints/Zhang2020Attacks.pt --model wrn-34-10 --no-normalize --eps 8/255
 # Figure 1a: weight decay. The paper names 1e-4, 2e-4 and 5e-4; the other values, and that the two architectures are these, are assumptions.
 f1a-r18-wd5e-5                      | -/-/-             | train_pgdat.py --wd 5e-5
 f1a-r18-wd1e-4                      | -/-/-             | train_pgdat.py --wd 1e-4
@@ -152,11 +162,11 @@ f1a-wrn10-wd3e-4                    | -/-/-             | train_pgdat.py --model
 f1a-wrn10-wd5e-4                    | 86.07/56.60/52.19 | = t8-wrn10-wd5e-4-relu-bntrain
 f1a-wrn10-wd7e-4                    | -/-/-             | train_pgdat.py --model wrn-34-10 --wd 7e-4
 f1a-wrn10-wd1e-3                    | -/-/-             | train_pgdat.py --model wrn-34-10 --wd 1e-3
-# Figure 1b: the learning curves of three of them.
+# Figure 1b: the learning curves of three of them. The figures of Table 8's rows stand beside those of the figures that are the same run.
 f1b-wd1e-4                          | 85.87/49.45/46.43 | = t8-wrn10-wd1e-4-relu-bntrain
 f1b-wd2e-4                          | 86.14/52.08/48.72 | = t8-wrn10-wd2e-4-relu-bntrain
 f1b-wd5e-4                          | 86.07/56.60/52.19 | = t8-wrn10-wd5e-4-relu-bntrain
-# Figure 2: architectures.
+# Figure 2: architectures. That they are those of Table 11 is an assumption.
 f2-preactresnet-18                  | 82.52/53.58/48.51 | = t2-base
 f2-preactresnet-50                  | -/-/-             | train_pgdat.py --model preactresnet-50
 f2-senet-18                         | 82.20/54.01/48.72 | = t7-senet18-bntrain
@@ -173,13 +183,19 @@ f2-wrn-34-10                        | 86.07/56.60/52.19 | = t8-wrn10-wd5e-4-relu
 f3-wd1e-4                           | -/-/-             | train_pgdat.py --model wrn-34-10 --wd 1e-4 --lr-decay-epochs 40 45
 f3-wd2e-4                           | -/-/-             | train_pgdat.py --model wrn-34-10 --wd 2e-4 --lr-decay-epochs 40 45
 f3-wd5e-4                           | 86.07/56.60/52.19 | = t8-wrn10-wd5e-4-relu-bntrain
-# Figure 4: standard training. The schedule, the default one, is an assumption.
+# Figure 4: standard training. The schedule, the default one, and the weight decays, which the paper does not name, are assumptions.
 f4-wd1e-4                           | -/-/-             | train_pgdat.py --model wrn-34-10 --attack none --wd 1e-4 ; eval_aa.py --attacks none
 f4-wd2e-4                           | -/-/-             | train_pgdat.py --model wrn-34-10 --attack none --wd 2e-4 ; eval_aa.py --attacks none
 f4-wd5e-4                           | -/-/-             | train_pgdat.py --model wrn-34-10 --attack none --wd 5e-4 ; eval_aa.py --attacks none
-# Table 1: PGD-AT, ResNet-18, under the settings of 21 methods (not their losses). Assumptions: decay factor 0.1, SGD with momentum
-# (Nesterov for Carmon et al., as Section 3.2 says), warm-ups of 15 epochs where the paper gives no length, 40 / 70 as in Table 2 where the
-# attack stops early. A method that does not stop early (train) is judged by its last checkpoint.
+# Table 1: PGD-AT, ResNet-18, under the schedules of 21 methods (not their losses). The table leaves open the BN mode (train here, but for
+# Zhang et al. 2019b: Sections 1 and 3.2), the attack, its steps, its step size and eps (the default: 10 steps of 2/255 at 8/255). Further
+# assumptions: decay factor 0.1, SGD with momentum (Nesterov for Carmon et al., as Section 3.2 says), warm-ups of 15 epochs where no
+# length is given, 40 / 70 as in Table 2 where the attack stops early. A method that does not stop early (train) is judged by its last
+# checkpoint. Where a method's own code says otherwise than Table 1 or than such an assumption, in a few words:
+#   cai2018: the curriculum is over attack steps, not eps.       zhang2019b: 1 epoch at the lower rate in the paper's prose, 2 in the code.
+#   wang2019: stops by the FOSC criterion, not misclassification. atzmon2019, pang2020a: Adam.       huang2020: no warm-up.
+#   wong2020: its warm-up is the rising half of the one-cycle.   ding2020: decays to 0.09, 0.03, 0.009, which the row follows.
+#   zhang2020: last decay x 0.5, which the row follows; tolerance rises after epochs 50 and 90; attacks in eval mode.
 s1-madry2018                        | -/-/-             | train_pgdat.py --epochs 200 --lr-decay-epochs 100 150 --wd 2e-4 ; eval_aa.py --which last
 s1-cai2018                          | -/-/-             | train_pgdat.py --epochs 300 --lr-decay-epochs 150 250 --batch-size 200 --wd 5e-4 --warmup-eps 15 ; eval_aa.py --which last
 s1-zhang2019b                       | -/-/-             | train_pgdat.py --bn-mode eval --epochs 76 --lr-decay-epochs 75 --wd 2e-4
@@ -194,9 +210,9 @@ s1-zhang-wang2019                   | -/-/-             | train_pgdat.py --epoch
 s1-atzmon2019                       | -/-/-             | train_pgdat.py --lr 0.01 --epochs 100 --lr-decay-epochs 50 --batch-size 32 --wd 1e-4 ; eval_aa.py --which last
 s1-wong2020                         | -/-/-             | train_pgdat.py --lr 0.2 --epochs 30 --lr-schedule onecycle --wd 5e-4 ; eval_aa.py --which last
 s1-rice2020                         | -/-/-             | train_pgdat.py --epochs 200 --lr-decay-epochs 100 150 --wd 5e-4
-s1-ding2020                         | -/-/-             | train_pgdat.py --lr 0.3 --epochs 128 --lr-decay-epochs 51 77 102 --wd 2e-4 ; eval_aa.py --which last
+s1-ding2020                         | -/-/-             | train_pgdat.py --lr 0.3 --epochs 128 --lr-decay-epochs 51 77 102 --lr-decay-factor 0.3 0.333333333 0.3 --wd 2e-4 ; eval_aa.py --which last
 s1-pang2020a                        | -/-/-             | train_pgdat.py --lr 0.01 --epochs 200 --lr-decay-epochs 100 150 --batch-size 50 --wd 1e-4 ; eval_aa.py --which last
-s1-zhang2020                        | -/-/-             | train_pgdat.py --epochs 120 --lr-decay-epochs 60 90 110 --wd 2e-4 --early-stop-pgd 40 70 ; eval_aa.py --which last
+s1-zhang2020                        | -/-/-             | train_pgdat.py --epochs 120 --lr-decay-epochs 60 90 110 --lr-decay-factor 0.1 0.1 0.5 --wd 2e-4 --early-stop-pgd 40 70 ; eval_aa.py --which last
 s1-huang2020                        | -/-/-             | train_pgdat.py --epochs 200 --lr-schedule cosine --batch-size 256 --wd 5e-4 --warmup-lr 15 ; eval_aa.py --which last
 s1-cheng2020                        | -/-/-             | train_pgdat.py --epochs 200 --lr-decay-epochs 80 140 180 --wd 5e-4 ; eval_aa.py --which last
 s1-lee2020                          | -/-/-             | = s1-madry2018

@@ -130,6 +130,11 @@ def resolve(parser, args, prefix):
         without_effect(parser, args, f"--optimizer {args.optimizer}", "momentum")
     if args.optimizer == "nesterov" and args.momentum == 0:
         parser.error("--optimizer nesterov needs a --momentum above 0")
+    if isinstance(args.lr_decay_factor, list):
+        if len(args.lr_decay_factor) == 1:  # kept as a number, as older runs have it
+            args.lr_decay_factor, = args.lr_decay_factor
+        elif len(args.lr_decay_factor) != len(args.lr_decay_epochs):
+            parser.error("--lr-decay-factor takes one factor, or one for each of --lr-decay-epochs")
     if args.lr_schedule != "piecewise":
         condition = f"--lr-schedule {args.lr_schedule}"
         without_effect(parser, args, condition, "lr_decay_epochs", "lr_decay_factor")

@@ -201,6 +201,7 @@ def test_dry_run_shows_the_whole_setting_and_needs_no_data(script, tmp_path, mon
     (("--optimizer", "adam", "--momentum", "0.5"), "--momentum has no effect with --optimizer adam"),
     (("--attack", "none", "--steps", "7"), "--steps has no effect with --attack none"),
     (("--lr-schedule", "cosine", "--lr-decay-epochs", "3"), "--lr-decay-epochs has no effect"),
+    (("--lr-decay-epochs", "1", "2", "3", "--lr-decay-factor", "0.1", "0.2"), "one for each of --lr-decay"),
     (("--steps-per", "7"), "unrecognized arguments"),
 ])
 def test_bad_arguments_get_one_line_and_leave_nothing(train, tmp_path, argv, problem):

@@ -48,7 +48,8 @@ def make_parser():
     g.add_argument("--lr-schedule", choices=SCHEDULES, default="piecewise", help="learning rate schedule")
     g.add_argument("--lr-decay-epochs", type=runs.number(0), nargs="+", default=[100, 105], metavar="EPOCH",
                    help="epochs at which the piecewise schedule decays (default: 100 105)")
-    g.add_argument("--lr-decay-factor", type=runs.number(0, 1), default=0.1, help="factor of each such decay")
+    g.add_argument("--lr-decay-factor", type=runs.number(0, 1), nargs="+", default=0.1, metavar="FACTOR",
+                   help="factor of every such decay, or a factor for each")
     g.add_argument("--warmup-lr", type=runs.number(0), default=0, metavar="EPOCHS",
                    help="epochs over which the learning rate first rises linearly from 0")
     g.add_argument("--ls", type=runs.number(0, 1, open_high=True), default=0,
@@ -82,7 +83,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.attack == "none":
         runs.without_effect(p, args, "--attack none", "eps", "alpha", "steps", "warmup_eps", "early_stop_pgd",
-                            "bn_mode", "bn_clean_passes")
+                            "bn_mode")
     if args.early_stop_pgd and args.early_stop_pgd[0] >= args.early_stop_pgd[1]:
         p.error("--early-stop-pgd takes two rising epochs")
     return runs.resolve(p, args, "pgdat")
@@ -117,7 +118,6 @@ def train_step(model, forward, optimizer, x, x_adv, y, args):
     Returns the loss (), the logits (B, K) of x_adv, and those of x from the pass after the update, or None
     without one.
     """
-    clean_passes = args.bn_clean_passes if args.attack == "pgd" else 0
     clean_logits = None
 
     logits = forward(x_adv)
@@ -125,12 +125,13 @@ def train_step(model, forward, optimizer, x, x_adv, y, args):
     optimizer.zero_grad()
     loss.backward()
     # The authors' clean passes exist to log clean accuracy, but they run in train mode: with --bn-mode eval
-    # two of every three updates of the running statistics, which attack and test depend on, are clean.
-    if clean_passes == 2:
+    # two of every three updates of the running statistics, which attack and test depend on, are clean. With
+    # --attack none they move the statistics too, which the test depends on.
+    if args.bn_clean_passes == 2:
         with torch.no_grad():
             forward(x)
     optimizer.step()
-    if clean_passes >= 1:
+    if args.bn_clean_passes >= 1:
         with torch.no_grad():
             clean_logits = forward(x)
     return loss.detach(), logits.detach(), clean_logits

@@ -49,7 +49,8 @@ def make_parser():
     g.add_argument("--lr-schedule", choices=SCHEDULES, default="piecewise", help="learning rate schedule")
     g.add_argument("--lr-decay-epochs", type=runs.number(0), nargs="+", default=[100, 105], metavar="EPOCH",
                    help="epochs at which the piecewise schedule decays (default: 100 105)")
-    g.add_argument("--lr-decay-factor", type=runs.number(0, 1), default=0.1, help="factor of each such decay")
+    g.add_argument("--lr-decay-factor", type=runs.number(0, 1), nargs="+", default=0.1, metavar="FACTOR",
+                   help="factor of every such decay, or a factor for each")
     g.add_argument("--warmup-lr", type=runs.number(0), default=0, metavar="EPOCHS",
                    help="epochs over which the learning rate first rises linearly from 0")
 

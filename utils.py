@@ -292,12 +292,15 @@ def eps_at(t, eps, warmup=0):
 def lr_at(t, lr, schedule="piecewise", epochs=110, decay_epochs=(100, 105), decay_factor=0.1, warmup=0):
     """The learning rate at time t (epochs).
 
-    piecewise: times decay_factor at each of decay_epochs (the paper's). cosine: half a cosine from lr to 0.
+    piecewise: times decay_factor at each of decay_epochs (the paper's), or times a factor of each one's own.
+    cosine: half a cosine from lr to 0.
     onecycle: 0 to lr over the first half of the run and back to 0 over the second (Wong et al., 2020).
     linear: from lr to 0. The first `warmup` epochs rise linearly from 0.
     """
     if schedule == "piecewise":
-        rate = lr * decay_factor ** sum(t >= e for e in decay_epochs)
+        decays = sum(t >= e for e in decay_epochs)
+        several = isinstance(decay_factor, (list, tuple))
+        rate = lr * (math.prod(decay_factor[:decays]) if several else decay_factor**decays)
     elif schedule == "cosine":
         rate = lr * 0.5 * (1 + math.cos(math.pi * t / epochs))
     elif schedule == "onecycle":

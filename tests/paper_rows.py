@@ -293,6 +293,10 @@ RELEASED = {
     "t13-eps8-wrn20-released": ("86.43/-/54.39", {**PLAIN, "model": "wrn-34-20", "eps": 8 / 255}),
     "t13-eps8-wrn10-released": ("85.48/-/53.80", {**PLAIN, "model": "wrn-34-10", "eps": 8 / 255}),
     "t13-eps0.031-wrn10-released": ("85.34/-/54.64", {**PLAIN, "model": "wrn-34-10", "eps": 0.031}),
+    "t13-zhang2019b-released": ("84.92/-/53.08", {**PLAIN, "model": "wrn-34-10", "eps": 0.031}),
+    "t13-rice2020-released": ("85.34/-/53.42", {"model": "wrn-34-20", "eps": 8 / 255}),
+    "t13-huang2020-released": ("83.48/-/53.34", {**PLAIN, "model": "wrn-34-10", "eps": 0.031}),
+    "t13-zhang2020-released": ("84.52/-/53.51", {**PLAIN, "model": "wrn-34-10", "eps": 8 / 255}),
 }
 
 # method -> (architecture, figures, the eps of the header that it stands under). 4 + 2 rows

@@ -151,8 +151,10 @@ def test_clean_passes_change_no_weight_in_train_mode_but_do_in_eval_mode(small_n
     assert not torch.equal(evals[0].conv1.weight, evals[1].conv1.weight)
 
 
-def test_standard_training_makes_one_forward_on_clean_images():
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_standard_training_makes_the_clean_passes_too(passes):
+    """The authors' script makes three forwards in train mode a step there as well, all of the same images."""
     model, x, y = problem()
     seen = watch(model)
-    step(model, setting("--attack", "none"), x, y)
-    assert len(seen) == 1 and torch.equal(seen[0], x)
+    step(model, setting("--attack", "none", "--bn-clean-passes", passes), x, y)
+    assert len(seen) == 1 + passes and all(torch.equal(s, x) for s in seen)

@@ -89,6 +89,14 @@ def test_runs_seeds_and_rows_that_are_the_same_run(run, rows, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_table_7_has_the_papers_difference_rows(run, script):
+    run("t2-base", 82.0, 53.0, 48.0)
+    run("t7-r18-bneval", 83.5, 53.2, 48.6)
+    lines = [re.sub(" +", " ", line) for line in script(report, "t7")[1].splitlines()]
+    assert lines[4] == "| eval - train | | | +1.50 (+0.96) | +0.20 (+0.06) | +0.60 (+0.24) |"
+    assert [line.split("|")[4:] for line in lines if "eval - train" in line][1] == [" (+1.91) ", " (-0.11) ", " (+0.23) ", ""]
+
+
 def test_a_row_judged_by_the_last_checkpoint(run, rows):
     run("s1-madry2018", 80.0, 50.0, 45.0, last=(84.0, 46.0, 41.0))
     line = cells(rows, "s1", "s1-madry2018")
@@ -177,7 +185,7 @@ def test_collect_refuses_the_rest(run, script, name, changes, problem, deviation
 def test_every_table_of_the_manifest_is_printed(rows, script, folder):
     for table in "t2 t3 t4 t5 t6 t7 t8 t9 t12 t13 s1 x".split():
         status, out, err = script(report, table)
-        n = sum(r.startswith(table + "-") for r in rows)
+        n = sum(r.startswith(table + "-") for r in rows) + 6 * (table == "t7")  # with its difference rows
         assert status == 0 and err == "" and len(out.splitlines()) == 2 + n
     assert script(report, "t13")[1].splitlines()[0] == "| row | model | eps | Clean | PGD-10 | AA |"
 

@@ -13,6 +13,9 @@ def test_piecewise_is_the_papers_and_drops_at_the_start_of_the_epoch():
     assert [0.1, 0.1, 0.01, 0.01, 0.001, 0.001] == [lr(t) for t in (0, 99 + 390 / 391, 100, 104.99, 105,
                                                                     109.99)]
     assert 0.05 == lr(40, decay_epochs=[40, 45], decay_factor=0.5)
+    own = {"decay_epochs": [51, 77, 102], "decay_factor": [0.3, 1 / 3, 0.3]}  # Ding et al., 2020
+    got = [utils.lr_at(t, 0.3, **own) for t in (50.9, 51, 77, 102)]
+    assert got == pytest.approx([0.3, 0.09, 0.03, 0.009])
 
 
 def test_cosine_onecycle_and_linear():

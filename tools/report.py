@@ -194,6 +194,13 @@ def cell(values, paper, noise):
     return f"{ours} ({paper:.2f}, {bold}{difference:+.2f}{bold})"
 
 
+def difference_cell(train, eval):
+    """`ours (paper)` of a row in eval mode less its row in train mode, as Table 7 prints; each is (values, paper)."""
+    (a, paper_a), (b, paper_b) = train, eval
+    ours = f"{statistics.mean(b) - statistics.mean(a):+.2f} " if a and b else ""
+    return f"{ours}({paper_b - paper_a:+.2f})"
+
+
 def hours(run):
     """Hours of training and evaluation."""
     seconds = [entry["seconds"] for entry in run.log]
@@ -228,14 +235,19 @@ def table(rows):
     settings = {k: {str(row.setting.get(k, v)) for row in rows} for r in rows for k, v in r.setting.items()}
     keys = [k for k, different in settings.items() if len(different) > 1 and k not in ("out", "alpha")]
     header = ["row", *(k.replace("_", " ") for k in keys), *METRICS.values()]
-    lines, others = [], []
+    lines, others, shown = [], [], {}
     for row in rows:
         found = [run for run in valid_runs(row) if judged(run, row)]
         ours = judged_results(found, row)
         other = [r for run in found for r in (run.best, run.last) if whole(r, row) and r not in ours]
-        cells = [cell(values(ours, m), row.paper[m], NOISE[m]) for m in METRICS]
+        shown[row.id] = [(values(ours, m), row.paper[m]) for m in METRICS]
+        cells = [cell(*figures, NOISE[m]) for m, figures in zip(METRICS, shown[row.id])]
         lines.append([row.id, *(setting_text(k, row.setting.get(k)) for k in keys), *cells])
         others.append([cell(values(other, m), None, 0) for m in METRICS])
+        if row.id.startswith("t7-") and row.id.endswith("-bneval"):
+            pairs = zip(shown[row.id.replace("-bneval", "-bntrain")], shown[row.id])
+            lines.append(["eval - train", *("" for _ in keys), *(difference_cell(*pair) for pair in pairs)])
+            others.append(["" for _ in METRICS])
     if not any(map(any, others)):
         return markdown(header, lines)
     header += [f"{m}, other checkpoint" for m in METRICS.values()]
