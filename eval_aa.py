@@ -15,7 +15,6 @@ figures.
 """
 
 import argparse
-import hashlib
 import importlib
 import json
 import logging
@@ -69,7 +68,7 @@ def parse_args(argv=None):
     g.add_argument("--attacks", type=attack_list, default="standard",
                    help=f"standard (AutoAttack), none, or a quick look: a list out of {','.join(ATTACKS)}")
     g.add_argument("--pgd-steps", type=runs.integer(1), default=10,
-                   help="steps of 2/255 of a further PGD, which is run if one of these three flags is given")
+                   help="steps of 2/255 of a further PGD, run if one of these three differs from its default")
     g.add_argument("--restarts", type=runs.integer(1), default=1, help="random starts of the further PGD")
     g.add_argument("--loss", choices=LOSSES, default="ce",
                    help="loss of the further PGD: cross-entropy, or the margin of Carlini & Wagner")
@@ -97,7 +96,7 @@ def locate(args):
     if args.target.is_dir():
         checkpoint = args.target / f"{args.which}.pt"
         result = args.target / ("result.json" if args.which == "best" else "result_last.json")
-        if not checkpoint.exists():
+        if not checkpoint.exists() and not result.exists():
             raise InputError(f"{args.target} holds no {args.which}.pt: is it a run that has tested an epoch?")
     else:
         checkpoint, result = args.target, args.target.with_name(f"{args.target.stem}_result.json")
@@ -109,14 +108,18 @@ def locate(args):
     return checkpoint, result
 
 
-# What runs.Run.save writes beside the weights.
-OURS = {"args": dict, "num_classes": int, "epoch": int, "normalize": (list, tuple, type(None))}
+# What runs.Run.save writes beside the weights, and what this script writes.
+OURS = {"args": runs.RECORD["args"], "num_classes": int, "epoch": int, "normalize": (list, tuple, type(None))}
+PERCENT = (int, float, type(None))
+RESULT = {"clean": PERCENT, "pgd10": PERCENT, "pgd10_worst": PERCENT, "aa": PERCENT,
+          "attacks": dict, "quick": dict, "stages": dict, "n": int, "test_images": int,
+          "eps": (int, float), "weights_sha256": str}
+STATE = {"identity": dict, "robust": [int], "left": dict, "todo": (list, type(None)), "seconds": dict}
 
 
 def is_ours(checkpoint):
     """Whether a training script wrote it, so that it names its architecture and data set."""
-    typed = all(isinstance(checkpoint.get(k), t) for k, t in OURS.items())
-    return typed and {"model", "activation", "dataset", "eps"} <= checkpoint["args"].keys()
+    return runs.fits(checkpoint, OURS)
 
 
 def rebuild(args, path, checkpoint, trained):
@@ -148,15 +151,6 @@ def rebuild(args, path, checkpoint, trained):
     return model, {**spec, "num_classes": num_classes}
 
 
-def digest(state):
-    """SHA-256 of a state dict's values, by which a result names the weights it belongs to."""
-    h = hashlib.sha256()
-    for key in sorted(state):
-        h.update(key.encode())
-        h.update(state[key].cpu().flatten().view(torch.uint8).numpy())
-    return h.hexdigest()
-
-
 def open_result(path, identity, overwrite):
     """What the result file holds, or a fresh result of this identity. Raises InputError if it is
     another's."""
@@ -164,7 +158,7 @@ def open_result(path, identity, overwrite):
              "attacks": {}, "quick": {}, "stages": {}, **identity}
     if not path.exists():
         return fresh
-    result = runs.read_json(path, {"attacks": dict, "quick": dict, "stages": dict, "weights_sha256": str})
+    result = runs.read_json(path, RESULT)
     differ = [f"{k} was {result.get(k)}, is {v}" for k, v in identity.items() if result.get(k) != v]
     if overwrite:
         return fresh
@@ -183,7 +177,7 @@ def open_state(path, identity, overwrite):
     """
     if not path.exists() or overwrite:
         return None
-    state = runs.read_json(path, {"identity": dict, "robust": list, "left": dict, "seconds": dict})
+    state = runs.read_json(path, STATE)
     differ = [k for k, v in identity.items() if state["identity"].get(k) != v]
     if differ:
         raise InputError(f"{path} is of an interrupted evaluation with another {', '.join(differ)}: "
@@ -198,7 +192,7 @@ def run_pgd(model, images, labels, args, name, **attack):
     with runs.progress_bar(len(labels) * attack.get("restarts", 1), name) as bar:
         flags = pgd_evaluate(model, images, labels, seed=args.seed, batch_size=args.batch_size,
                              share=runs.share(), progress=lambda n: bar.update(runs.world() * n), **attack)
-    return *runs.add_up(flags), round(time.time() - started, 1)
+    return *runs.sum_over_processes(flags), round(time.time() - started, 1)
 
 
 class AutoAttack:
@@ -282,7 +276,7 @@ def run_autoattack(aa, images, labels, attacks, batch_size, state, state_path):
                 fooled = torch.zeros_like(robust)
                 if len(mine):
                     fooled[mine] = aa.fools(attack, to_float(images[mine]), labels[mine])
-                robust &= ~runs.add_up(fooled)
+                robust &= ~runs.sum_over_processes(fooled)
                 done = min(step, len(state["todo"]))
                 state["robust"], state["todo"] = robust.int().tolist(), state["todo"][done:]
                 state["seconds"][attack] = round(state["seconds"].get(attack, 0) + time.time() - started, 1)
@@ -301,6 +295,12 @@ def show(name, accuracy, seconds=None, remark=""):
     """Print one aligned line of a result."""
     took = "" if seconds is None else runs.clock(seconds)
     print(f"{name:14} {accuracy:6.2f} {took:>8}   {remark}".rstrip(), flush=True)
+
+
+def summary(result, with_aa=True):
+    """A result's figures in a line, those that it has."""
+    names = {"clean": "clean", "pgd10": "PGD-10", **({"aa": "AA"} if with_aa else {})}
+    return " / ".join(f"{name} {result[k]:.2f}" for k, name in names.items() if result[k] is not None)
 
 
 def warn_if_normalised_otherwise(model, images, labels):
@@ -322,7 +322,7 @@ def warn_if_normalised_otherwise(model, images, labels):
     model.normalize = given
 
 
-def prepare(args, path, device):
+def load_subject(args, path, device):
     """What is evaluated: (model, images, labels, identity, what else the result says).
 
     identity: what decides the figures; a result file of another identity is of something else. Raises
@@ -336,13 +336,14 @@ def prepare(args, path, device):
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if data.num_classes > spec["num_classes"]:
         raise InputError(f"{path} knows {spec['num_classes']} classes, the data set has {data.num_classes}")
-    if spec["num_classes"] < 10 and any(a.endswith("-t") for a in args.attacks):
-        raise InputError(f"AutoAttack's targeted attacks need 10 classes, but {path} knows "
-                         f"{spec['num_classes']}: use --attacks none")
+    needs = {a: 10 if a.endswith("-t") else 3 if a == "apgd-dlr" else 2 for a in args.attacks}
+    few = [f"{a} needs {n} classes" for a, n in needs.items() if n > spec["num_classes"]]
+    if few:
+        raise InputError(f"{few[0]}, but {path} knows {spec['num_classes']}: leave it out of --attacks")
     n = args.n or len(data.test_labels)
     if n > len(data.test_labels):
         raise InputError(f"--n {n}: there are {len(data.test_labels):,} test images")
-    identity = {**spec, "weights_sha256": digest(checkpoint["state_dict"]), "data_sha256": data.sha256,
+    identity = {**spec, "weights_sha256": runs.digest(checkpoint["state_dict"]), "data_sha256": data.sha256,
                 "n": n, "eps": trained.get("eps", 8 / 255) if args.eps is None else args.eps,
                 "seed": args.seed, "precision": args.precision}
     what = {"checkpoint": path.name, "epoch": checkpoint["epoch"] if ours else None,
@@ -381,7 +382,11 @@ def main():
     args = parse_args()
     device = runs.start(args)
     path, result_path = locate(args)
-    model, images, labels, identity, what = prepare(args, path, device)
+    if args.target.is_dir() and not path.exists():  # deleted, to save disk
+        result = runs.read_json(result_path, RESULT)
+        print(f"{path} is gone, but has been evaluated: {summary(result)}   ({result_path})")
+        return
+    model, images, labels, identity, what = load_subject(args, path, device)
     stage = "aa" if args.attacks == STANDARD else ",".join(args.attacks)
     state_path = result_path.with_suffix(".state.json")
     state_identity = {**identity, "attacks": list(args.attacks), "batch_size": args.batch_size}
@@ -392,13 +397,14 @@ def main():
 
     with runs.locked_folder(result_path.parent, f".{result_path.stem}.lock"):
         result = open_result(result_path, identity, args.overwrite) | what
-        if args.attacks:  # first of all, for it may be refused
+        todo = args.attacks and stage not in result["stages"]
+        if todo:  # first of all, for it may be refused
             aa = AutoAttack(model, result["eps"], args.seed, device)
             state = open_state(state_path, state_identity, args.overwrite)
         print(f"{path}: {result['model']}, {len(labels):,} of {result['test_images']:,} test images, "
               f"eps {runs.fraction_text(result['eps'])}, {args.precision}")
         run_stages(model, images, labels, args, result, save)
-        if args.attacks and stage not in result["stages"]:
+        if todo:
             if state is None:
                 clean, *_ = run_pgd(model, images, labels, args, "clean", eps=result["eps"], restarts=0)
                 state = {"identity": state_identity, "robust": clean.int().tolist(), "todo": None,
@@ -418,12 +424,9 @@ def main():
         if args.attacks and runs.rank() == 0:
             state_path.unlink(missing_ok=True)
 
-    summary = f"clean {result['clean']:.2f} / PGD-10 {result['pgd10']:.2f}"
-    if stage == "aa":
-        summary += f" / AA {result['aa']:.2f}"
-    elif args.attacks:
-        summary += f" / {stage} (a quick look, not AA) {result['quick'][stage][args.attacks[-1]]:.2f}"
-    print(f"{path}, {len(labels):,} images: {summary}   ({result_path})")
+    quick = result["quick"].get(stage)
+    look = f" / {stage} (a quick look, not AA) {quick[args.attacks[-1]]:.2f}" if quick else ""
+    print(f"{path}, {len(labels):,} images: {summary(result, stage == 'aa')}{look}   ({result_path})")
 
 
 if __name__ == "__main__":

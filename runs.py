@@ -1,7 +1,7 @@
 """The machinery around the science: flags, devices and precision, torchrun, the folder of a run, the console.
 
-Without it the numbers would be the same. The scripts call it as `runs.something`, so that a reader sees at
-every line whether it is about the paper (utils.py) or about running things (here).
+The paper speaks of none of it. The scripts call it as `runs.something`, so that a reader sees at every line
+whether it is about the paper (utils.py) or about running things (here).
 
 Under torchrun every process runs the same script: it holds all the data, works on its share of every batch,
 and only the first one writes and prints.
@@ -11,12 +11,15 @@ import argparse
 import contextlib
 import datetime
 import fcntl
+import hashlib
+import io
 import json
 import math
 import os
 import pickle
 import platform
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -29,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import InputError, load_dataset
+from utils import Dataset, InputError, load_dataset
 
 HERE = Path(__file__).resolve().parent
 
@@ -51,10 +54,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
-        self._negative_number_matcher = re.compile(r"-\d")  # -1e-4 is a (bad) value, not an unknown flag
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which all say the same
+        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
 
 
 def number(low, high=math.inf, open_high=False, kind=float):
@@ -66,7 +69,8 @@ def number(low, high=math.inf, open_high=False, kind=float):
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
         if not low <= value <= high or value == math.inf or (open_high and value == high):
-            bounds = f"in [{low}, {high}{')' if open_high else ']'}" if high < math.inf else f"at least {low}"
+            interval = f"in [{low}, {high}{')' if open_high else ']'}"
+            bounds = f"at least {low}" if high >= 2**31 - 1 and value < low else interval
             raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return value
     return parse
@@ -106,7 +110,8 @@ def add_flags(parser):
                    help="test after every so many epochs, and after the last")
     g.add_argument("--test-batch-size", type=integer(1), default=250, help="images a batch in the tests")
     g.add_argument("--out", help="the run's folder (default: runs/ and what differs from the defaults)")
-    g.add_argument("--resume", action="store_true", help="go on with the run in that folder, if there is one")
+    g.add_argument("--resume", action="store_true",
+                   help="go on with the run in that folder, if there is one: its command, with this flag")
     g.add_argument("--data-dir", default="data", help="where cifar10.npz is, or is put on first use")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     g.add_argument("--precision", choices=("fp32", "tf32", "bf16"),
@@ -177,7 +182,10 @@ def differences(before, now, parser):
 
 
 class Stopped(Exception):
-    """Ends the script with a line on stderr and an exit status: Stopped(status, line)."""
+    """Ends the script with a line on stderr and an exit status."""
+
+    def __init__(self, status, line):
+        self.status, self.line = status, line
 
 
 def command_line():
@@ -195,7 +203,8 @@ def run_script(main):
     script = Path(sys.argv[0]).name
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout:  # None where it was closed
+            sys.stdout.flush()
         if dist.is_initialized():
             barrier()  # no process leaves while another still needs it
             dist.destroy_process_group()
@@ -206,7 +215,7 @@ def run_script(main):
         message = str(e) if isinstance(e, InputError) or not e.filename else f"{e.filename}: {e.strerror}"
         end(2, f"{script}: error: {message}")
     except Stopped as e:
-        end(e.args[0], f"{script}: {e.args[1]}")
+        end(e.status, f"{script}: {e.line}")
     except KeyboardInterrupt:
         end(130, f"{script}: interrupted")
 
@@ -377,7 +386,7 @@ def share():
     return slice(rank(), None, world())
 
 
-def add_up(tensor):
+def sum_over_processes(tensor):
     """The sum of the processes' tensors of numbers or flags."""
     if not dist.is_initialized():
         return tensor
@@ -386,7 +395,7 @@ def add_up(tensor):
     return total.to(tensor.dtype)
 
 
-def largest(tensor):
+def max_over_processes(tensor):
     """The largest of the processes' numbers (), as a Python number."""
     if not dist.is_initialized():
         return tensor.item()
@@ -397,20 +406,20 @@ def largest(tensor):
 
 def barrier():
     """Wait until all processes are here."""
-    largest(torch.zeros(1))
+    max_over_processes(torch.zeros(1))
 
 
 def only_first(function):
     """Call function() in the first process while the others wait; if it raises there, they end with status
     2."""
     if rank() > 0:
-        if largest(torch.zeros(1)):
+        if max_over_processes(torch.zeros(1)):
             sys.exit(2)
         return
     try:
         function()
     except BaseException:
-        largest(torch.ones(1))
+        max_over_processes(torch.ones(1))
         raise
     barrier()
 
@@ -423,7 +432,8 @@ def check_split(args, n_train, device):
     """
     for size in (args.batch_size, n_train % args.batch_size):
         if size % world():
-            raise InputError(f"{world()} processes cannot share a batch of {size}: change --batch-size")
+            raise InputError(f"{world()} processes cannot share a batch of {size} images evenly (the last of "
+                             f"an epoch has {n_train % args.batch_size or args.batch_size})")
     if world() > 1 and args.compile and device.type == "cuda":
         raise InputError("--compile is not supported on several GPUs")
 
@@ -485,64 +495,117 @@ def fetch(name, data_dir="data"):
 
 
 def download(name, path):
+    """Let data/prepare.py make the .npz. Raises InputError if it cannot."""
     prepare = HERE / "data" / "prepare.py"
     if not prepare.exists():
         raise InputError(f"there is neither {path} nor {prepare} to fetch it: give --dataset an .npz's path")
-    if subprocess.run([sys.executable, prepare, name, "--data-dir", path.parent]).returncode != 0:
-        raise InputError(f"could not obtain {name} (see above)")
+    module = runpy.run_path(prepare)
+    try:
+        module["obtain"](name, path.parent)
+    except module["Failed"] as e:
+        raise InputError(f"could not obtain {name}: {e}") from None
 
 
-def dataset_size(args):
-    """(images to train on, test images, classes) of --dataset less --val, without fetching a named data set.
+def load(args, device):
+    """The Dataset of --dataset, fetched on first use; with --dry-run a named one is only of the right size.
 
-    Raises InputError if nothing is left to train on.
+    Raises InputError if --val leaves nothing to train on.
     """
-    if args.dataset in NAMED_DATASETS:
+    if args.dry_run and args.dataset in NAMED_DATASETS:
         n_train, n_test, num_classes = NAMED_DATASETS[args.dataset]
+        train, test = torch.empty(n_train, device="meta"), torch.empty(n_test, device="meta")
+        data = Dataset(train, train, test, test, num_classes, sha256="")
     else:
-        data = load_dataset(fetch(args.dataset))
-        n_train, n_test, num_classes = len(data.train_labels), len(data.test_labels), data.num_classes
-    if args.val >= n_train:
-        raise InputError(f"--val {args.val} leaves nothing to train on of {n_train:,} training images")
-    return n_train - args.val, n_test, num_classes
+        data = load_dataset(fetch(args.dataset, args.data_dir), device)
+    if args.val >= len(data.train_labels):
+        raise InputError(f"--val {args.val} leaves nothing to train on of {len(data.train_labels):,} images")
+    return data
 
 
-def write_atomically(path, write):
-    """Call write(file) on a temporary file beside path, flush it to the disk and rename it: whole or not at
-    all.
+def write_atomically(path, data):
+    """Write bytes to a temporary file beside path, flush it to the disk and rename it: whole or not at all.
 
-    Under torchrun only the first process writes.
+    Under torchrun only the first process writes. Raises OSError with the file's name; nothing is left behind.
     """
     if rank() > 0:
         return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value):
     """Write value as indented JSON, atomically."""
-    write_atomically(path, lambda f: f.write((json.dumps(value, indent=2) + "\n").encode()))
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(path, types):
-    """The JSON object in a file; types: {key: type} that it must hold. Raises InputError if it does not."""
+def fits(value, form):
+    """Whether a value has the form: a type or several, {key: form} of what a dict holds at least, [form] of
+    all items."""
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(k in value and fits(value[k], v) for k, v in form.items())
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(v, form[0]) for v in value)
+    return isinstance(value, form)
+
+
+def read_json(path, form):
+    """The JSON value in a file, or the list of a .jsonl's lines. Raises InputError if it has another form."""
+    path = Path(path)
     try:
-        value = json.loads(Path(path).read_text())
-    except ValueError as e:
+        parts = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        values = [json.loads(part) for part in parts]
+        value = values if path.suffix == ".jsonl" else values[0]
+    except ValueError as e:  # not JSON, or not UTF-8
         raise InputError(f"{path} cannot be read: {first_line(e)}") from None
-    if not isinstance(value, dict) or not all(isinstance(value.get(k), t) for k, t in types.items()):
-        raise InputError(f"{path} was not written by this program: it should hold {', '.join(types)}")
+    if not fits(value, form):
+        keys = ", ".join(form[0] if isinstance(form, list) else form)
+        raise InputError(f"{path} was not written by this program: it should hold {keys}")
     return value
 
 
+# What Run writes into args.json and log.jsonl.
+RECORD = {"args": {"model": str, "activation": str, "dataset": str, "eps": (int, float), "epochs": int},
+          "command": [str], "device": str, "versions": dict, "data_sha256": str, "resumed": list}
+ENTRY = {"epoch": int, "lr": (int, float), "train_loss": (int, float), "seconds": (int, float)}
+
+
+def digest(value):
+    """SHA-256 of tensors and plain values in dicts and lists; of a state dict: what a result names its
+    weights by."""
+    h = hashlib.sha256()
+
+    def add(v):
+        if isinstance(v, dict):
+            for k in sorted(v, key=str):
+                h.update(str(k).encode())
+                add(v[k])
+        elif isinstance(v, (list, tuple)):
+            for item in v:
+                add(item)
+        elif isinstance(v, Tensor):
+            h.update(v.cpu().flatten().view(torch.uint8).numpy())
+        else:
+            h.update(repr(v).encode())
+
+    add(value)
+    return h.hexdigest()
+
+
 def save_checkpoint(path, checkpoint):
-    """Write a dict of tensors and plain values, atomically; load_checkpoint reads it back."""
-    write_atomically(path, lambda f: torch.save(checkpoint, f))
+    """Write a dict of tensors and plain values with its digest, atomically; load_checkpoint reads it back."""
+    file = io.BytesIO()  # torch's own writer hides what the disk says
+    torch.save({**checkpoint, "digest": digest(checkpoint)}, file)
+    write_atomically(path, file.getbuffer())
 
 
 def load_checkpoint(path):
@@ -553,16 +616,19 @@ def load_checkpoint(path):
     `sub_block1.*` keys of WideResNets, which no forward pass uses, are dropped. Raises InputError for a file
     that is missing, cut short, holds other objects, or holds no state dict.
     """
+    if not Path(path).is_file():
+        raise InputError(f"{'not a file' if Path(path).exists() else 'no such file'}: {path}")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path}") from None
-    except (PermissionError, IsADirectoryError):
+    except PermissionError:
         raise  # the message says it all
     except pickle.UnpicklingError:
         raise InputError(f"{path} is refused: no checkpoint, or more than tensors and plain values") from None
     except Exception as e:  # a damaged file can raise nearly anything
         raise InputError(f"{path} cannot be read as a checkpoint (cut short?): {first_line(e)}") from None
+    if isinstance(loaded, dict) and isinstance(loaded.get("digest"), str):
+        if loaded.pop("digest") != digest(loaded):
+            raise InputError(f"{path} is damaged: its contents are not what was written")
     if isinstance(loaded, dict) and not isinstance(loaded.get("state_dict"), dict):
         loaded = {"state_dict": loaded}
     state = loaded["state_dict"] if isinstance(loaded, dict) else {}
@@ -634,41 +700,79 @@ def locked_folder(out, lock=".lock"):
         yield
 
 
+def check_folder(args, parser):
+    """The args.json in the folder of --out, or None if a run can start there.
+
+    Raises InputError if the folder holds a run and --resume was not given, or one of other settings.
+    """
+    out = Path(args.out)
+    if not (out / "args.json").exists():
+        remains = [f for f in ("last.pt", "best.pt", "log.jsonl") if (out / f).exists()]
+        if remains:
+            raise InputError(f"{out} holds {remains[0]} but no args.json: choose another --out")
+        return None
+    if not args.resume:
+        raise InputError(f"{out} already holds a run: --resume to go on, or choose another --out")
+    record = read_json(out / "args.json", RECORD)
+    differ = differences(record["args"], vars(args), parser)
+    if record["command"][0] != command_line()[0]:
+        differ.insert(0, f"the script was {record['command'][0]}")
+    if differ:
+        raise InputError(f"{out} was started with other arguments: {'; '.join(differ)}")
+    return record
+
+
 class Run:
     """The folder of a training run: args.json, log.jsonl, last.pt and best.pt; locked while it is open.
 
-    state: {name: what is saved}: each has state_dict() and load_state_dict(). tested: the one of them whose
-    weights are tested and end up in best.pt, by default the model. about: what else eval_aa.py needs to
-    rebuild it. measure: the log entry's accuracy that the best epoch has most of. parser: the script's, for
-    the defaults of settings that an older run does not know.
+    state: {name: what is saved}, each with state_dict() and load_state_dict(). tested: the one of them whose
+    weights are tested and end up in best.pt, by default the model; its keys have to be the model's, as a
+    copy's are. about: what else eval_aa.py needs to rebuild it. measure: the key in a log entry that chooses
+    the best epoch. parser: the script's, for the defaults of settings that an older run does not know.
 
-    epoch: how many epochs are done. best: the log entry of the best of them, or None.
+    log: an entry for each epoch that is done. last.pt holds all of it, and log.jsonl repeats it for readers.
     """
 
     def __init__(self, args, parser, state, about, data_sha256, measure, tested=None):
-        self.args, self.parser, self.state = args, parser, state
-        self.data_sha256, self.measure = data_sha256, measure
-        self.tested = tested or state["model"]
-        self.about = {"args": vars(args), **about}
-        self.device = next(self.tested.parameters()).device
-        self.out = Path(args.out)
-        self.epoch, self.best = 0, None
-        self.stack = contextlib.ExitStack()
+        self.args, self.parser, self.state, self.about = args, parser, state, {"args": vars(args), **about}
+        self.data_sha256, self.measure, self.tested = data_sha256, measure, tested or state["model"]
+        self.split = measure.partition("_")[0]
+        self.others = {k: v for k, v in state.items() if v is not self.tested}
+        self.out, self.log, self.record = Path(args.out), [], None
+        device = next(self.tested.parameters()).device
+        self.now = {"command": command_line(), **environment(device)}
+
+    @property
+    def epoch(self):
+        """How many epochs are done."""
+        return len(self.log)
+
+    @property
+    def best(self):
+        """The log entry of the best of them, the first of equals, or None."""
+        tested = [entry for entry in self.log if entry.get(self.measure) is not None]
+        return max(tested, key=lambda entry: entry[self.measure], default=None)
 
     def __enter__(self):
-        """Lock the folder, write args.json or, with --resume, check it and restore the state from last.pt.
+        """Lock the folder, write args.json or, with --resume, check it and go on from last.pt.
 
-        Raises InputError if the folder already holds a run and --resume was not given, or one of other
-        settings.
+        Raises InputError if the folder holds a run and --resume was not given, a run of other settings, or
+        what is left of one.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked_folder(self.out))
             only_first(self.claim)
             if (self.out / "last.pt").exists():
                 self.restore()
-            self.trim_log()
+            else:
+                self.look_for_remains()
             self.stack = stack.pop_all()
-        if self.epoch < self.args.epochs:
+        if self.epoch == self.args.epochs:
+            print(f"{self.out} has finished")
+        else:
+            if self.record:
+                resumed = [*self.record["resumed"], {"epoch": self.epoch, **self.now}]
+                write_json(self.out / "args.json", {**self.record, "resumed": resumed})
             self.show_header()
         self.started = self.saved = time.time()
         self.done_before = self.epoch
@@ -678,7 +782,9 @@ class Run:
         self.stack.close()
         if kind is KeyboardInterrupt:
             command = shlex.join(["python", *command_line()]) + ("" if self.args.resume else " --resume")
-            raise Stopped(130, f"interrupted; to go on: {command}") from None
+            command = command if world() == 1 else "the same command with --resume"
+            line = f"interrupted in epoch {self.epoch + 1}, which will start again; to go on: {command}"
+            raise Stopped(130, line) from None
         if kind is FloatingPointError:
             good = f"the last good checkpoint is {self.out / 'last.pt'}, of epoch {self.epoch}"
             good = good if self.epoch else "there is no good checkpoint yet"
@@ -687,79 +793,76 @@ class Run:
             self.show_best()
 
     def claim(self):
-        """Write args.json, or check that it is this run's."""
-        record, last = self.out / "args.json", self.out / "last.pt"
-        now = {"command": command_line(), **environment(self.device)}
-        if not record.exists():
-            remains = [f for f in ("last.pt", "best.pt", "log.jsonl") if (self.out / f).exists()]
-            if remains:
-                raise InputError(f"{self.out} holds {remains[0]} but no args.json: choose another --out")
-            settings = {"args": vars(self.args), **now, "data_sha256": self.data_sha256}
-            write_json(record, {**settings, "resumed": []})
-            return
-        if not self.args.resume:
-            raise InputError(f"{self.out} already holds a run: --resume to go on, or choose another --out")
-        before = read_json(record, {"args": dict, "command": list, "data_sha256": str, "resumed": list})
-        differ = differences(before["args"], vars(self.args), self.parser)
-        if before["command"][0] != now["command"][0]:
-            differ.insert(0, f"the script was {before['command'][0]}")
-        if before["data_sha256"] != self.data_sha256:
-            differ.append("the data are other data")
-        if differ:
-            raise InputError(f"{self.out} was started with other arguments: {'; '.join(differ)}")
-        epoch = load_checkpoint(last).get("epoch") if last.exists() else 0
-        write_json(record, {**before, "resumed": [*before["resumed"], {"epoch": epoch, **now}]})
+        """Write args.json, or check that it is this run's and keep it as `record`."""
+        self.record = check_folder(self.args, self.parser)
+        if self.record is None:
+            settings = {"args": vars(self.args), **self.now, "data_sha256": self.data_sha256}
+            write_json(self.out / "args.json", {**settings, "resumed": []})
+        elif self.record["data_sha256"] != self.data_sha256:
+            raise InputError(f"{self.out} was started with other data")
 
     def restore(self):
-        """Put state, epoch and best back where last.pt has them."""
-        last = self.out / "last.pt"
+        """Put state and log back where last.pt has them; see that best.pt and log.jsonl agree."""
+        last, best, log = (self.out / name for name in ("last.pt", "best.pt", "log.jsonl"))
         checkpoint = load_checkpoint(last)
-        others = {k: v for k, v in self.state.items() if v is not self.tested}
-        if not {"args", "epoch", "log", "best", *others} <= checkpoint.keys() or \
-                differences(checkpoint["args"], vars(self.args), self.parser):
+        ours = fits(checkpoint, {"args": dict, "log": [ENTRY], "others": dict.fromkeys(self.others, dict)})
+        if not ours or differences(checkpoint["args"], vars(self.args), self.parser):
             raise InputError(f"{last} is not a checkpoint of this run")
         load_weights(self.tested, checkpoint["state_dict"], last)
-        for name, value in others.items():
-            value.load_state_dict(checkpoint.pop(name))
-        self.epoch, self.best = checkpoint["epoch"], checkpoint.pop("best")
-        if self.best == checkpoint["log"]:
-            save_checkpoint(self.out / "best.pt", checkpoint)  # the run may have been killed just before
-        print(f"{self.out} has finished" if self.epoch == self.args.epochs else
-              f"going on with {self.out} after epoch {self.epoch}")
+        others = checkpoint.pop("others")
+        for name, value in self.others.items():
+            value.load_state_dict(others[name])
+        self.log = checkpoint["log"]
+        if self.epoch == self.args.epochs:
+            return
+        print(f"going on with {self.out} after epoch {self.epoch}")
+        if self.best is self.log[-1]:
+            save_checkpoint(best, checkpoint)  # the run may have been killed just before
+        elif self.best and load_checkpoint(best).get("epoch") != self.best["epoch"]:
+            raise InputError(f"{best} is not of epoch {self.best['epoch']}, the best: choose another --out")
+        before, lines = log.read_bytes() if log.exists() else b"", self.log_lines()
+        if before != b"".join(lines[:-1]) and not before.startswith(b"".join(lines)):  # no kill does that
+            print(f"note: {log} was damaged and is restored from last.pt")
+        write_atomically(log, b"".join(lines))
 
-    def trim_log(self):
-        """Drop from log.jsonl what a killed run had written beyond its last checkpoint, torn lines too."""
+    def look_for_remains(self):
+        """Without last.pt: take a finished run as finished; refuse what is left of another; else start
+        over."""
         log = self.out / "log.jsonl"
-        if log.exists():
-            lines = log.read_text().splitlines()[: self.epoch]
-            write_atomically(log, lambda f: f.write("".join(f"{line}\n" for line in lines).encode()))
+        lines = log.read_bytes().splitlines() if log.exists() else []
+        if len(lines) == self.args.epochs:
+            self.log = read_json(log, [ENTRY])
+            return
+        if len(lines) > 1 or (self.out / "best.pt").exists():
+            raise InputError(f"{self.out} holds a run without its last.pt, which cannot go on: evaluate its "
+                             "best.pt, or choose another --out")
+
+    def log_lines(self):
+        return [(json.dumps(entry) + "\n").encode() for entry in self.log]
 
     def save(self, entry):
-        """Put an epoch on the disk: its line in log.jsonl, last.pt, and best.pt if it is the best so far.
+        """Put an epoch on the disk: last.pt, best.pt if it is the best so far, and its line in log.jsonl.
 
-        entry: what the log says of it. Whatever the moment a run is killed at, log and best.pt agree with
-        last.pt once it has been resumed. Raises FloatingPointError if a weight is NaN or infinite.
+        entry: what the log says of it: lr, train_loss, the measured accuracies ... Whatever the moment a run
+        is killed at, best.pt and log agree with last.pt once it has been resumed. Raises FloatingPointError
+        if a weight is NaN or infinite.
         """
         weights = {k: v.cpu() for k, v in self.tested.state_dict().items()}
         if not all(v.isfinite().all() for v in weights.values()):
             raise FloatingPointError("a weight is not finite at the end")
-        self.epoch += 1
-        entry = {"epoch": self.epoch, **entry, "seconds": round(time.time() - self.saved, 2)}
+        self.log.append({"epoch": self.epoch + 1, **entry, "seconds": round(time.time() - self.saved, 2)})
         self.saved = time.time()
-        if self.measure in entry and (self.best is None or entry[self.measure] > self.best[self.measure]):
-            self.best = entry
-        append_line(self.out / "log.jsonl", entry)
-        checkpoint = {"state_dict": weights, "epoch": self.epoch, "log": entry, **self.about}
-        others = {k: v.state_dict() for k, v in self.state.items() if v is not self.tested}
-        save_checkpoint(self.out / "last.pt", {**checkpoint, **others, "best": self.best})
-        if self.best is entry:
+        checkpoint = {"state_dict": weights, "epoch": self.epoch, "log": self.log, **self.about}
+        others = {k: v.state_dict() for k, v in self.others.items()}
+        save_checkpoint(self.out / "last.pt", {**checkpoint, "others": others})
+        if self.best is self.log[-1]:
             save_checkpoint(self.out / "best.pt", checkpoint)
-        self.show(entry)
+        write_atomically(self.out / "log.jsonl", b"".join(self.log_lines()))
+        self.show(self.log[-1])
 
     def show_header(self):
-        split = self.measure.partition("_")[0]
         print(f"    epoch        lr    loss | train adv  clean | "
-              f"{split:>4} clean PGD-10   |     time     left")
+              f"{self.split:>4} clean PGD-10   |     time     left")
 
     def show(self, entry):
         """Print an aligned line for an epoch, starred if it is the best so far."""
@@ -767,37 +870,27 @@ class Run:
             value = entry.get(key)
             return f"{'-' if value is None else f'{value:.2f}':>6}"
 
-        split = self.measure.partition("_")[0]
         left = (self.saved - self.started) / (self.epoch - self.done_before) * (self.args.epochs - self.epoch)
         print(f"{self.epoch:4}/{self.args.epochs:<4} {entry['lr']:9.2e} {entry['train_loss']:7.4f} | "
               f"   {cell('train_adv_acc')} {cell('train_clean_acc')} | "
-              f"    {cell(f'{split}_clean')} {cell(f'{split}_pgd10')} {'*' if self.best is entry else ' '} | "
+              f"    {cell(f'{self.split}_clean')} {cell(f'{self.split}_pgd10')} "
+              f"{'*' if self.best is entry else ' '} | "
               f"{clock(entry['seconds']):>8} {clock(left):>8}", flush=True)
 
     def show_best(self):
-        split = self.measure.partition("_")[0]
-        robust = self.best[f"{split}_pgd10"]
-        figures = f"clean {self.best[f'{split}_clean']:.2f}"
+        robust = self.best[f"{self.split}_pgd10"]
+        figures = f"clean {self.best[f'{self.split}_clean']:.2f}"
         figures += "" if robust is None else f", PGD-10 {robust:.2f}"
-        print(f"best of {self.args.epochs} epochs on the {split} set: epoch {self.best['epoch']}, {figures}: "
-              f"{self.out / 'best.pt'}\nevaluate it with: python eval_aa.py {self.out}")
-
-
-def append_line(path, entry):
-    """Append one JSON line, on the disk when this returns; under torchrun the first process does."""
-    if rank() > 0:
-        return
-    with open(path, "a") as f:
-        f.write(json.dumps(entry) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
+        print(f"best of {self.args.epochs} epochs on the {self.split} set: epoch {self.best['epoch']}, "
+              f"{figures}: {self.out / 'best.pt'}\nevaluate it with: python eval_aa.py {self.out}")
 
 
 # ---- Console -----------------------------------------------------------------------------------------------
 
 
-def show_setting(args, model, n_train, n_test):
+def show_setting(args, model, data):
     """Print everything that decides a training run."""
+    n_train, n_test = len(data.train_labels) - args.val, len(data.test_labels)
     for key, value in vars(args).items():
         print(f"  --{key.replace('_', '-'):18}{fraction_text(value) if key in ('eps', 'alpha') else value}")
     steps = math.ceil(n_train / args.batch_size)
@@ -805,10 +898,6 @@ def show_setting(args, model, n_train, n_test):
     print(f"data   {args.dataset}: {n_train:,} training images{held_out}, {n_test:,} test images")
     print(f"model  {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"steps  {args.epochs} epochs of {steps:,}: {args.epochs * steps:,}")
-    for flag in ("warmup_lr", "warmup_eps", "early_stop_pgd"):
-        value = getattr(args, flag, None)
-        if value and (max(value) if isinstance(value, list) else value) > args.epochs:
-            print(f"warning: --{flag.replace('_', '-')} reaches beyond the run's {args.epochs} epochs")
     late = [f"{e:g}" for e in args.lr_decay_epochs if e >= args.epochs]
     if args.lr_schedule == "piecewise" and late:
         print(f"warning: the learning rate never drops at {', '.join(late)}, "
@@ -822,7 +911,10 @@ def progress_bar(total, name):
 
 
 def progress(stream, n, name, meter):
-    """Yield the stream's (x, y) under a progress bar over n images, which shows the meter's figures."""
+    """Yield the stream's (x, y) under a progress bar over n images that shows the meter's figures.
+
+    Reading them now and then also ends the run early whose loss has become NaN.
+    """
     with progress_bar(n, name) as bar:
         for x, y in stream:
             yield x, y
@@ -838,7 +930,7 @@ class Meter:
     def __init__(self, device):
         self.steps = 0
         self.sums = torch.zeros(4, device=device)  # loss, right on adversarial, right on clean images; images
-        self.bad_step = torch.full((), -1, device=device)  # the first step whose loss was not finite
+        self.bad_step = torch.full((), torch.inf, device=device)  # the first step whose loss was not finite
 
     @torch.no_grad()
     def add(self, loss, y, logits, clean_logits=None):
@@ -847,7 +939,7 @@ class Meter:
         right = (logits.argmax(1) == y).sum()
         right_clean = torch.zeros_like(right) if clean_logits is None else (clean_logits.argmax(1) == y).sum()
         self.sums += torch.stack([loss * len(y), right, right_clean, torch.full_like(right, len(y))])
-        self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(loss), self.steps, self.bad_step)
+        self.bad_step = torch.where(loss.isfinite(), self.bad_step, self.bad_step.clamp(max=self.steps))
         self.steps += 1
 
     def read(self):
@@ -855,10 +947,10 @@ class Meter:
 
         Raises FloatingPointError, which names the first step (from 0) whose loss was not finite.
         """
-        bad_step = int(largest(self.bad_step))
-        if bad_step >= 0:
-            raise FloatingPointError(f"the loss is not finite at step {bad_step}")
-        loss, adv, clean, images = add_up(self.sums).tolist()
+        bad_step = -max_over_processes(-self.bad_step)
+        if bad_step < torch.inf:
+            raise FloatingPointError(f"the loss is not finite at step {bad_step:g}")
+        loss, adv, clean, images = sum_over_processes(self.sums).tolist()
         return round(loss / images, 5), round(100 * adv / images, 2), round(100 * clean / images, 2)
 
 

@@ -10,7 +10,8 @@ PGD attack (Madry et al., 2018) and descends on the loss of the perturbed images
 "default setting" (Section 3); what the paper leaves open is in the README's table of deviations. A run leaves
 args.json, log.jsonl, last.pt and best.pt in its folder, and `python eval_aa.py FOLDER` evaluates it.
 
-Cost: 26 forward-equivalents an image (25 with --bn-mode eval; 20 of them the attack's), 110 epochs.
+Cost: 26 forwards an image and epoch (a backward by inputs or by weights counts as one), of which the attack
+takes 21; one less with --bn-mode eval; 110 epochs.
 """
 
 import math
@@ -19,7 +20,7 @@ import torch
 
 import models
 import runs
-from utils import (OPTIMIZERS, SCHEDULES, InputError, attack_mode, batches, hold_out, load_dataset,
+from utils import (OPTIMIZERS, SCHEDULES, InputError, attack_mode, batches, hold_out,
                    make_optimizer, percent, pgd, pgd_evaluate, random_start, schedule, seeded,
                    smoothed_cross_entropy)
 
@@ -90,7 +91,7 @@ def parse_args(argv=None):
 
 
 def make_attack(model, forward, args):
-    """attack(x, y, eps, epoch, noise): the images (B, 3, 32, 32) to train on, x under PGD; x itself with
+    """attack(x, y, eps, epoch, generator): the images (B, 3, 32, 32) to train on, x under PGD; x itself with
     --attack none."""
     def iterate(x, y, start, eps, tolerance=None):
         with attack_mode(model, args.bn_mode):
@@ -100,14 +101,14 @@ def make_attack(model, forward, args):
                     forward(x_adv)  # the authors' attack computes its final loss: the statistics move
         return x_adv
 
-    fixed_length = runs.graphed(iterate, model, args.compile)
+    replay = runs.graphed(iterate, model, args.compile)  # cannot stop early
 
-    def attack(x, y, eps, epoch, noise):
+    def attack(x, y, eps, epoch, generator):
         if args.attack == "none":
             return x
-        start = random_start(x, eps, noise)
+        start = random_start(x, eps, generator)
         if args.early_stop_pgd is None:
-            return fixed_length(x, y, start, eps)
+            return replay(x, y, start, eps)
         return iterate(x, y, start, eps, tolerance=1 + sum(epoch >= e for e in args.early_stop_pgd))
     return attack
 
@@ -140,15 +141,15 @@ def train_step(model, forward, optimizer, x, x_adv, y, args):
 def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch):
     """One pass over the training images (N, 32, 32, 3) uint8. Returns the epoch's part of its log line."""
     device, steps = images.device, math.ceil(len(labels) / args.batch_size)
-    order, meter = seeded(device, args.seed, "data", epoch), runs.Meter(device)
-    stream = batches(images, labels, args.batch_size, order, padding="reflect", share=runs.share())
+    meter, generator = runs.Meter(device), seeded(device, args.seed, "data", epoch)
+    stream = batches(images, labels, args.batch_size, generator, padding="reflect", share=runs.share())
     model.train()
     shown = runs.progress(stream, len(labels), f"epoch {epoch + 1}/{args.epochs}", meter)
     for step, (x, y) in enumerate(shown):
         lr, eps = schedule(epoch + step / steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        x_adv = attack(x, y, eps, epoch, noise=seeded(device, args.seed, "attack", epoch, step, runs.rank()))
+        x_adv = attack(x, y, eps, epoch, seeded(device, args.seed, "attack", epoch, step, runs.rank()))
         loss, logits, clean_logits = train_step(model, forward, optimizer, x, x_adv, y, args)
         meter.add(loss, y, logits, clean_logits)
         runs.share_statistics(model)
@@ -157,7 +158,7 @@ def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch):
         adv_acc, clean_acc = None, adv_acc  # what was trained on was clean
     elif args.bn_clean_passes == 0:
         clean_acc = None
-    return {"lr": lr, "eps": eps,
+    return {"lr": lr, "eps": eps if args.attack == "pgd" else None,  # those of the last step
             "train_loss": mean_loss, "train_adv_acc": adv_acc, "train_clean_acc": clean_acc}
 
 
@@ -166,7 +167,7 @@ def test(model, forward, images, labels, args, epoch, split):
     with attack_mode(model, "eval"):
         flags = pgd_evaluate(forward, images, labels, eps=args.eps, restarts=1 if args.attack == "pgd" else 0,
                              seed=(args.seed, epoch), batch_size=args.test_batch_size, share=runs.share())
-    clean, robust, _ = runs.add_up(flags)
+    clean, robust, _ = runs.sum_over_processes(flags)
     return {f"{split}_clean": percent(clean),
             f"{split}_pgd10": percent(robust) if args.attack == "pgd" else None}
 
@@ -174,18 +175,18 @@ def test(model, forward, images, labels, args, epoch, split):
 def main():
     args = parse_args()
     device = runs.start(args)
-    n_train, n_test, num_classes = runs.dataset_size(args)
-    runs.check_split(args, n_train, device)
+    runs.check_folder(args, make_parser())
+    data = runs.load(args, device)
+    runs.check_split(args, len(data.train_labels) - args.val, device)
     if args.early_stop_pgd and runs.world() > 1:
         raise InputError("--early-stop-pgd takes one process: the attacks of several end at different steps")
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):  # initialised on the CPU, so alike on every device
-        model = models.build(args.model, num_classes, args.activation, NORMALIZE)
-    runs.show_setting(args, model, n_train, n_test)
+        model = models.build(args.model, data.num_classes, args.activation, NORMALIZE)
+    runs.show_setting(args, model, data)
     if args.dry_run:
         return
 
-    data = load_dataset(runs.fetch(args.dataset, args.data_dir), device)
     train, val = hold_out(data.train_images, data.train_labels, args.val)
     splits = {"test": (data.test_images, data.test_labels)} | ({"val": val} if val else {})
     model = runs.sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
@@ -195,9 +196,10 @@ def main():
     runs.average_gradients(optimizer)
 
     state = {"model": model, "optimizer": optimizer}  # what a run saves and --resume restores
-    about = {"num_classes": num_classes, "normalize": NORMALIZE}
-    split, accuracy = "val" if val else "test", "pgd10" if args.attack == "pgd" else "clean"
-    with runs.Run(args, make_parser(), state, about, data.sha256, f"{split}_{accuracy}") as run:
+    about = {"num_classes": data.num_classes, "normalize": NORMALIZE}
+    accuracy = "pgd10" if args.attack == "pgd" else "clean"
+    measure = f"val_{accuracy}" if val else f"test_{accuracy}"  # chooses the best epoch
+    with runs.Run(args, make_parser(), state, about, data_sha256=data.sha256, measure=measure) as run:
         for epoch in range(run.epoch, args.epochs):
             entry = train_epoch(model, forward, attack, optimizer, *train, args, epoch)
             if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:

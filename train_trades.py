@@ -11,7 +11,8 @@ padding, two passes (natural, adversarial) in the loss, as in the authors' TRADE
 of 2/255 at 8/255, are not in the paper: assumptions. A run leaves the files that train_pgdat.py leaves, and
 `python eval_aa.py FOLDER` evaluates it.
 
-Cost: 27 forward-equivalents an image with --bn-mode eval (21 of them the attack's), 110 epochs.
+Cost: with --bn-mode eval 27 forwards an image and epoch (a backward by inputs or by weights counts as one),
+of which the attack takes 21; 110 epochs.
 """
 
 import math
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 import models
 import runs
-from utils import (OPTIMIZERS, SCHEDULES, attack_mode, batches, hold_out, linf_step, load_dataset,
+from utils import (OPTIMIZERS, SCHEDULES, attack_mode, batches, hold_out, linf_step,
                    make_optimizer, percent, pgd_evaluate, schedule, seeded)
 
 NORMALIZE = None  # TRADES takes images in [0, 1] as they are
@@ -106,14 +107,14 @@ def trades_attack(model, forward, x, start, eps, args):
 
 
 def make_attack(model, forward, args):
-    """attack(x, eps, noise): trades_attack from x + 0.001 N(0, 1)."""
+    """attack(x, eps, generator): trades_attack from x + 0.001 N(0, 1)."""
     def iterate(x, start, eps):
         return trades_attack(model, forward, x, start, eps, args)
 
     replay = runs.graphed(iterate, model, args.compile)
 
-    def attack(x, eps, noise):
-        return replay(x, x + 0.001 * torch.empty_like(x).normal_(generator=noise), eps)
+    def attack(x, eps, generator):
+        return replay(x, x + 0.001 * torch.empty_like(x).normal_(generator=generator), eps)
     return attack
 
 
@@ -136,15 +137,15 @@ def train_step(model, forward, optimizer, x, x_adv, y, args):
 def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch):
     """One pass over the training images (N, 32, 32, 3) uint8. Returns the epoch's part of its log line."""
     device, steps = images.device, math.ceil(len(labels) / args.batch_size)
-    order, meter = seeded(device, args.seed, "data", epoch), runs.Meter(device)
-    stream = batches(images, labels, args.batch_size, order, padding="zero", share=runs.share())
+    meter, generator = runs.Meter(device), seeded(device, args.seed, "data", epoch)
+    stream = batches(images, labels, args.batch_size, generator, padding="zero", share=runs.share())
     model.train()
     shown = runs.progress(stream, len(labels), f"epoch {epoch + 1}/{args.epochs}", meter)
     for step, (x, y) in enumerate(shown):
         lr, eps = schedule(epoch + step / steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        x_adv = attack(x, eps, noise=seeded(device, args.seed, "attack", epoch, step, runs.rank()))
+        x_adv = attack(x, eps, seeded(device, args.seed, "attack", epoch, step, runs.rank()))
         loss, logits, clean_logits = train_step(model, forward, optimizer, x, x_adv, y, args)
         meter.add(loss, y, logits, clean_logits)
         runs.share_statistics(model)
@@ -159,23 +160,23 @@ def test(model, forward, images, labels, args, epoch, split):
     with attack_mode(model, "eval"):
         flags = pgd_evaluate(forward, images, labels, eps=args.eps, seed=(args.seed, epoch),
                              batch_size=args.test_batch_size, share=runs.share())
-    clean, robust, _ = runs.add_up(flags)
+    clean, robust, _ = runs.sum_over_processes(flags)
     return {f"{split}_clean": percent(clean), f"{split}_pgd10": percent(robust)}
 
 
 def main():
     args = parse_args()
     device = runs.start(args)
-    n_train, n_test, num_classes = runs.dataset_size(args)
-    runs.check_split(args, n_train, device)
+    runs.check_folder(args, make_parser())
+    data = runs.load(args, device)
+    runs.check_split(args, len(data.train_labels) - args.val, device)
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):  # initialised on the CPU, so alike on every device
-        model = models.build(args.model, num_classes, args.activation, NORMALIZE)
-    runs.show_setting(args, model, n_train, n_test)
+        model = models.build(args.model, data.num_classes, args.activation, NORMALIZE)
+    runs.show_setting(args, model, data)
     if args.dry_run:
         return
 
-    data = load_dataset(runs.fetch(args.dataset, args.data_dir), device)
     train, val = hold_out(data.train_images, data.train_labels, args.val)
     splits = {"test": (data.test_images, data.test_labels)} | ({"val": val} if val else {})
     model = runs.sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
@@ -185,9 +186,9 @@ def main():
     runs.average_gradients(optimizer)
 
     state = {"model": model, "optimizer": optimizer}  # what a run saves and --resume restores
-    about = {"num_classes": num_classes, "normalize": NORMALIZE}
-    measure = "val_pgd10" if val else "test_pgd10"  # of which the best epoch has most
-    with runs.Run(args, make_parser(), state, about, data.sha256, measure) as run:
+    about = {"num_classes": data.num_classes, "normalize": NORMALIZE}
+    measure = "val_pgd10" if val else "test_pgd10"  # chooses the best epoch
+    with runs.Run(args, make_parser(), state, about, data_sha256=data.sha256, measure=measure) as run:
         for epoch in range(run.epoch, args.epochs):
             entry = train_epoch(model, forward, attack, optimizer, *train, args, epoch)
             if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:

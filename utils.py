@@ -86,7 +86,7 @@ def read_npz(path):
 
 
 def hold_out(images, labels, n):
-    """((images, labels) to train on, (images, labels) held out or None); the same n for every seed."""
+    """((images, labels) to train on, (images, labels) held out or None): the same n for every seed."""
     if n == 0:
         return (images, labels), None
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(labels))).to(labels.device)

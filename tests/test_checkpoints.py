@@ -47,7 +47,10 @@ def test_damaged_and_alien_files_are_refused(tmp_path):
     (tmp_path / "text.pt").write_text("hello, world")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"epoch": 1}, tmp_path / "dict.pt")
-    for name in ("text.pt", "list.pt", "dict.pt", "none.pt"):
+    (tmp_path / "folder.pt").mkdir()
+    os.mkfifo(tmp_path / "fifo.pt")
+    (tmp_path / "loop.pt").symlink_to("loop.pt")
+    for name in ("text.pt", "list.pt", "dict.pt", "none.pt", "folder.pt", "fifo.pt", "loop.pt"):
         with pytest.raises(utils.InputError, match=name):
             runs.load_checkpoint(tmp_path / name)
 
@@ -70,14 +73,41 @@ def test_weights_that_are_not_finite_are_refused_and_old_checkpoints_are_not():
         runs.load_weights(models.build("tiny"), state, "x.pt")
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "c.pt"
     runs.save_checkpoint(path, {"state_dict": {"w": torch.ones(1)}})
 
-    def half(f):
-        f.write(b"half")
-        raise KeyboardInterrupt
+    def full(*args):
+        raise OSError(28, "No space left on device")
 
-    with pytest.raises(KeyboardInterrupt):
-        runs.write_atomically(path, half)
+    monkeypatch.setattr(runs.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device: '.*c.pt'"):
+        runs.save_checkpoint(path, {"state_dict": {"w": torch.zeros(1)}})
+    assert list(tmp_path.iterdir()) == [path]
     assert runs.load_checkpoint(path)["state_dict"]["w"].item() == 1
+
+
+def test_a_flipped_bit_is_seen(tmp_path):
+    """In weights as in an optimiser's state; torch.load checks no checksum."""
+    path, weights = tmp_path / "c.pt", torch.arange(1000.0)
+    momentum = torch.arange(1000.0, 2000.0)
+    runs.save_checkpoint(path, {"state_dict": {"w": weights},
+                                "optimizer": {"state": {0: {"momentum": momentum}}}})
+    whole = path.read_bytes()
+    for tensor in (weights, momentum):
+        at = whole.index(tensor.numpy().tobytes()) + 2001
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(utils.InputError, match="c.pt is damaged: its contents are not what was written"):
+            runs.load_checkpoint(path)
+    path.write_bytes(whole)
+    assert torch.equal(runs.load_checkpoint(path)["state_dict"]["w"], weights)
+
+
+@pytest.mark.parametrize("value, form, fit", [
+    ({"a": 1, "b": 2}, {"a": int}, True), ({"b": 2}, {"a": int}, False), ({"a": "1"}, {"a": (int, float)},
+                                                                          False),
+    ([{"a": 1}], [{"a": int}], True), ([{"a": 1}, 3], [{"a": int}], False), ({"a": {"b": None}},
+                                                                             {"a": {"b": int}}, False),
+])
+def test_the_form_of_what_is_read(value, form, fit):
+    assert runs.fits(value, form) == fit

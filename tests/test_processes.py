@@ -93,7 +93,7 @@ def evaluation(data):
     with utils.attack_mode(model, "eval"):
         labels = model(utils.to_float(data.test_images)).argmax(1)
         flags = utils.pgd_evaluate(model, data.test_images, labels, share=runs.share(), **attack)
-    return runs.add_up(flags).tolist()
+    return runs.sum_over_processes(flags).tolist()
 
 
 def torchrun(*argv):
@@ -159,7 +159,7 @@ def test_the_command_line_a_kill_and_one_process_to_go_on(small_npz, tmp_path):
 
 
 @pytest.mark.parametrize("n, flags, problem", [
-    (5, ("--batch-size", 42), "5 processes cannot share a batch of 42"),
+    (5, ("--batch-size", 42), "5 processes cannot share a batch of 42 images"),
     (5, ("--batch-size", 40), "5 processes cannot share a batch of 16"),  # the last one of 96 images
     (2, ("--batch-size", 48, "--early-stop-pgd", 1, 2), "--early-stop-pgd takes one process"),
 ])

@@ -87,30 +87,20 @@ def manifest():
     return rows
 
 
-def read(path, *keys):
-    """The value in a .json file, or the lines of a .jsonl file, each with these keys.
-
-    None if the file is missing or, with a warning that names it, malformed.
-    """
+def read(path, form):
+    """What runs.read_json reads; None if the file is missing or, with a warning that names it, malformed."""
     try:
-        text, lines = path.read_text(), path.suffix == ".jsonl"
-        values = [json.loads(t) for t in (text.splitlines() if lines else [text])]
-        if all(set(keys) <= value.keys() for value in values):
-            return values if lines else values[0]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (AttributeError, ValueError):
-        pass
-    print(f"warning: {path} is malformed: skipped", file=sys.stderr)
+        return runs.read_json(path, form) if path.exists() else None
+    except InputError:
+        print(f"warning: {path} is malformed: skipped", file=sys.stderr)
 
 
 def read_run(folder):
     """The Run in a folder, or None if there is none."""
     folder = Path(folder)
-    record = read(folder / "args.json", "args", "command", "device", "versions")
-    best, last = (read(folder / name, *METRICS, "n", "test_images", "eps", "stages")
-                  for name in ("result.json", "result_last.json"))
-    log = read(folder / "log.jsonl", "epoch", "seconds") if record else None
+    record = read(folder / "args.json", runs.RECORD)
+    best, last = (read(folder / name, eval_aa.RESULT) for name in ("result.json", "result_last.json"))
+    log = read(folder / "log.jsonl", [runs.ENTRY]) if record else None
     return Run(folder, record, log or [], best, last) if record or best or last else None
 
 
@@ -195,7 +185,7 @@ def cell(values, paper, noise):
 
 
 def difference_cell(train, eval):
-    """`ours (paper)` of a row in eval mode less its row in train mode, as Table 7 prints; each is (values, paper)."""
+    """`ours (paper)` of a row in eval mode less train mode, as Table 7 prints; each is (values, paper)."""
     (a, paper_a), (b, paper_b) = train, eval
     ours = f"{statistics.mean(b) - statistics.mean(a):+.2f} " if a and b else ""
     return f"{ours}({paper_b - paper_a:+.2f})"
