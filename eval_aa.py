@@ -10,24 +10,26 @@ Accuracies are per cent of the images. `pgd10` counts an image as robust if the 
 right (as the paper's checkpoints were selected), `pgd10_worst` if every iterate is. AutoAttack is the
 `standard` version (Croce & Hein, 2020); the figure of each of its attacks is what is left after it and those
 before it. An AutoAttack evaluation that was interrupted goes on, to the batch, when the same command is given
-again. `torchrun --nproc_per_node=N -- eval_aa.py ...` deals the work out to N processes, with the same
-figures.
+again. result.npz keeps which images withstood what, one bool an image and attack. `torchrun
+--nproc_per_node=N -- eval_aa.py ...` deals the work out to N processes, with the same figures.
 """
 
 import argparse
 import importlib
+import io
 import json
 import logging
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import models
 import runs
-from utils import InputError, cw_loss, load_dataset, percent, pgd_evaluate, to_float
+from utils import InputError, cw_loss, percent, pgd_evaluate, to_float
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack's standard version, in its order
 ATTACKS = (*STANDARD, "apgd-dlr", "fab")
@@ -50,7 +52,10 @@ def parse_args(argv=None):
     p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run's folder")
     p.add_argument("--out", type=Path, help="file of the result (default: result.json in the run's folder, "
                    "CHECKPOINT_result.json beside another checkpoint)")
-    p.add_argument("--overwrite", action="store_true", help="discard what that file holds of other settings")
+    p.add_argument("--overwrite", action="store_true", help="discard what that file holds")
+    p.add_argument("--save-adv", type=Path, metavar="FILE.npz",
+                   help="write AutoAttack's adversarial images there, clean ones where it failed: images "
+                        "(N, 3, 32, 32) float32 in [0, 1], labels (N,), robust (N,) bool")
 
     g = p.add_argument_group("a checkpoint from elsewhere, which does not say what it is")
     g.add_argument("--model", choices=models.MODELS, metavar="NAME", help=", ".join(models.MODELS))
@@ -88,6 +93,8 @@ def parse_args(argv=None):
         p.error("--no-normalize contradicts --mean and --std")
     if bool(args.mean) != bool(args.std):
         p.error("--mean and --std go together")
+    if args.save_adv and (not args.attacks or args.save_adv.suffix != ".npz"):
+        p.error("--save-adv takes an .npz, and needs AutoAttack")
     return args
 
 
@@ -98,6 +105,8 @@ def locate(args):
         result = args.target / ("result.json" if args.which == "best" else "result_last.json")
         if not checkpoint.exists() and not result.exists():
             raise InputError(f"{args.target} holds no {args.which}.pt: is it a run that has tested an epoch?")
+    elif not args.target.exists() and args.target.parent.name == "checkpoints":
+        raise InputError(f"no such file: {args.target} (its row in run_all.sh says where it is from)")
     else:
         checkpoint, result = args.target, args.target.with_name(f"{args.target.stem}_result.json")
         if args.which != "best":
@@ -159,6 +168,9 @@ def open_result(path, identity, overwrite):
     if not path.exists():
         return fresh
     result = runs.read_json(path, RESULT)
+    if not overwrite and result["weights_sha256"] != identity["weights_sha256"]:
+        raise InputError(f"{path} holds results of other weights: the checkpoint has changed since. "
+                         "--overwrite evaluates it anew, another --out keeps both")
     differ = [f"{k} was {result.get(k)}, is {v}" for k, v in identity.items() if result.get(k) != v]
     if overwrite:
         return fresh
@@ -232,13 +244,13 @@ class AutoAttack:
         return self.model(x.flatten(1).unflatten(1, x.shape[1:]))
 
     def fools(self, attack, x, y):
-        """(B,) bool: which of x (B, 3, 32, 32) the attack gets misclassified."""
+        """x under the attack (B, 3, 32, 32), and (B,) bool: which of them are misclassified."""
         self.aa.attacks_to_run = [attack]
         x_adv = self.aa.run_standard_evaluation(x.contiguous(), y, **{self.size: len(x)})
         if isinstance(x_adv, tuple):  # pyautoattack returns the labels too
             x_adv = x_adv[0]
         with torch.no_grad():
-            return self.forward(x_adv).argmax(1) != y
+            return x_adv, self.forward(x_adv).argmax(1) != y
 
 
 class OncePerMessage(logging.Filter):
@@ -254,16 +266,42 @@ class OncePerMessage(logging.Filter):
         return new
 
 
-def run_autoattack(aa, images, labels, attacks, batch_size, state, state_path):
+def keep_flags(path, **flags):
+    """Add to an .npz which images are right, {name: (N,) bool tensor}; it keeps what it holds of other
+    names."""
+    file, known = io.BytesIO(), {}
+    if path.exists():
+        with np.load(path) as npz:
+            known = dict(npz)
+    np.savez_compressed(file, **{**known, **{name: f.cpu().numpy() for name, f in flags.items()}})
+    runs.write_atomically(path, file.getvalue())
+
+
+def open_adversarial(path, images, fresh):
+    """An array (N, 3, 32, 32) float32 on the disk, which outlives an interruption; at first the clean
+    images."""
+    if path.exists() and not fresh:
+        return np.lib.format.open_memmap(path, "r+")
+    array = np.lib.format.open_memmap(path, "w+", np.float32, (len(images), 3, 32, 32))
+    array[:] = to_float(images).cpu().numpy()
+    return array
+
+
+def run_autoattack(aa, images, labels, attacks, batch_size, state, state_path, keep, adversarial=None):
     """Run the attacks in turn, each on the images that withstood those before; fill state["left"], in per
     cent.
 
     Batches and seeds are those of one call of AutoAttack's run_standard_evaluation, and so are the figures.
     Under torchrun every process takes a batch at a time. The state is on the disk after every round.
+    keep(attack, robust): told which images have withstood the attack and those before. adversarial: None, or
+    an array (N, 3, 32, 32) that receives the images which fool the network.
     """
     device, step = labels.device, runs.world() * batch_size
     robust = torch.tensor(state["robust"], dtype=torch.bool, device=device)
-    for attack in [a for a in attacks if a not in state["left"]]:
+    for attack in attacks:
+        if attack in state["left"]:  # before an interruption
+            show(attack, state["left"][attack], state["seconds"].get(attack))
+            continue
         if state["todo"] is None:
             state["todo"] = robust.nonzero().squeeze(1).tolist()
         said = time.time()
@@ -275,7 +313,10 @@ def run_autoattack(aa, images, labels, attacks, batch_size, state, state_path):
                 mine = torch.tensor(mine, dtype=torch.int64, device=device)
                 fooled = torch.zeros_like(robust)
                 if len(mine):
-                    fooled[mine] = aa.fools(attack, to_float(images[mine]), labels[mine])
+                    x_adv, fooled[mine] = aa.fools(attack, to_float(images[mine]), labels[mine])
+                    if adversarial is not None:
+                        hit = fooled[mine]
+                        adversarial[mine[hit].cpu().numpy()] = x_adv[hit].cpu().numpy()
                 robust &= ~runs.sum_over_processes(fooled)
                 done = min(step, len(state["todo"]))
                 state["robust"], state["todo"] = robust.int().tolist(), state["todo"][done:]
@@ -286,6 +327,7 @@ def run_autoattack(aa, images, labels, attacks, batch_size, state, state_path):
                     said = time.time()
                     to_go = f"{len(state['todo']):,} images to go"
                     print(f"  {attack}: {to_go}, {percent(robust):.2f} left so far", flush=True)
+        keep(attack, robust.clone())
         state["left"][attack], state["todo"] = percent(robust), None
         runs.write_json(state_path, state)
         show(attack, state["left"][attack], state["seconds"].get(attack))
@@ -297,10 +339,17 @@ def show(name, accuracy, seconds=None, remark=""):
     print(f"{name:14} {accuracy:6.2f} {took:>8}   {remark}".rstrip(), flush=True)
 
 
-def summary(result, with_aa=True):
-    """A result's figures in a line, those that it has."""
-    names = {"clean": "clean", "pgd10": "PGD-10", **({"aa": "AA"} if with_aa else {})}
-    return " / ".join(f"{name} {result[k]:.2f}" for k, name in names.items() if result[k] is not None)
+def summary(result, stage="aa", further=None):
+    """A result's figures in a line: clean, PGD-10, and those of a further PGD and of a stage of
+    AutoAttack."""
+    parts = [f"clean {result['clean']:.2f}", f"PGD-10 {result['pgd10']:.2f}"]
+    if further:
+        parts.append(f"{further} {result['attacks'][further]:.2f}")
+    if stage == "aa" and result["aa"] is not None:
+        parts.append(f"AA {result['aa']:.2f} (PGD-10 less {result['pgd10'] - result['aa']:.2f})")
+    elif quick := result["quick"].get(stage):
+        parts.append(f"{stage} (a quick look, not AA) {list(quick.values())[-1]:.2f}")
+    return " / ".join(parts)
 
 
 def warn_if_normalised_otherwise(model, images, labels):
@@ -331,7 +380,7 @@ def load_subject(args, path, device):
     checkpoint = runs.load_checkpoint(path)
     ours = is_ours(checkpoint)
     trained = checkpoint["args"] if ours else {}
-    data = load_dataset(runs.fetch(args.dataset or trained.get("dataset", "cifar10"), args.data_dir), device)
+    data = runs.load_named(args.dataset or trained.get("dataset", "cifar10"), args.data_dir, device)
     model, spec = rebuild(args, path, checkpoint, trained)
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if data.num_classes > spec["num_classes"]:
@@ -352,7 +401,22 @@ def load_subject(args, path, device):
     return model, data.test_images[:n], data.test_labels[:n], identity, what
 
 
-def run_stages(model, images, labels, args, result, save):
+def warn_if_masked(left):
+    """Warn if FAB and Square still break many of the images that APGD leaves, a sign of masked gradients."""
+    more = left["apgd-t"] - left["square"]
+    if more > 0.5:
+        print(f"warning: FAB and Square break {more:.2f} % of the images after APGD: are gradients masked?",
+              file=sys.stderr)
+
+
+def further_pgd(args):
+    """The name of the PGD that the flags ask for beside PGD-10, or None."""
+    if (args.pgd_steps, args.restarts, args.loss) == (10, 1, "ce"):
+        return None
+    return f"pgd-{args.loss}-{args.pgd_steps}x{args.restarts}"
+
+
+def run_stages(model, images, labels, args, result, save, keep):
     """Print clean accuracy, PGD-10 and the further PGD, and first run what the result lacks.
 
     save(name, seconds=...) puts the result on the disk after such a stage.
@@ -360,6 +424,7 @@ def run_stages(model, images, labels, args, result, save):
     if "pgd10" not in result["stages"]:
         clean, last, worst, seconds = run_pgd(model, images, labels, args, "PGD-10", eps=result["eps"])
         result |= {"clean": percent(clean), "pgd10": percent(last), "pgd10_worst": percent(worst)}
+        keep(clean=clean, pgd10=last, pgd10_worst=worst)
         save("pgd10", seconds=seconds)
         if result["epoch"] is None:
             warn_if_normalised_otherwise(model, images, labels)
@@ -367,12 +432,12 @@ def run_stages(model, images, labels, args, result, save):
     show("PGD-10", result["pgd10"], result["stages"]["pgd10"]["seconds"],
          f"(every iterate right: {result['pgd10_worst']:.2f})")
 
-    if (args.pgd_steps, args.restarts, args.loss) != (10, 1, "ce"):
-        name = f"pgd-{args.loss}-{args.pgd_steps}x{args.restarts}"
+    if name := further_pgd(args):
         if name not in result["stages"]:
             attack = {"steps": args.pgd_steps, "restarts": args.restarts, "loss": LOSSES[args.loss]}
             _, _, worst, seconds = run_pgd(model, images, labels, args, name, eps=result["eps"], **attack)
             result["attacks"][name] = percent(worst)
+            keep(**{name: worst})
             save(name, seconds=seconds)
         show(name, result["attacks"][name], result["stages"][name]["seconds"],
              "(every iterate of every restart right)")
@@ -388,33 +453,49 @@ def main():
         return
     model, images, labels, identity, what = load_subject(args, path, device)
     stage = "aa" if args.attacks == STANDARD else ",".join(args.attacks)
-    state_path = result_path.with_suffix(".state.json")
-    state_identity = {**identity, "attacks": list(args.attacks), "batch_size": args.batch_size}
+    state_path, adv_path, flags_path = (result_path.with_suffix(s) for s in (".state.json", ".adv.npy",
+                                                                             ".npz"))
+    state_identity = {**identity, "attacks": list(args.attacks), "batch_size": args.batch_size,
+                      "save_adv": bool(args.save_adv)}
 
     def save(name, **facts):
         result["stages"][name] = {**facts, "batch_size": args.batch_size, **runs.environment(device)}
         runs.write_json(result_path, result)
 
+    def keep(**flags):
+        keep_flags(flags_path, **flags)
+
     with runs.locked_folder(result_path.parent, f".{result_path.stem}.lock"):
         result = open_result(result_path, identity, args.overwrite) | what
+        if not result["stages"]:
+            flags_path.unlink(missing_ok=True)  # of a result that is discarded
         todo = args.attacks and stage not in result["stages"]
         if todo:  # first of all, for it may be refused
             aa = AutoAttack(model, result["eps"], args.seed, device)
             state = open_state(state_path, state_identity, args.overwrite)
+        if args.save_adv and (not todo or runs.world() > 1):
+            why = "it takes one process" if todo else f"{result_path} is there already, add --overwrite"
+            raise InputError(f"--save-adv: {why}")
         print(f"{path}: {result['model']}, {len(labels):,} of {result['test_images']:,} test images, "
               f"eps {runs.fraction_text(result['eps'])}, {args.precision}")
-        run_stages(model, images, labels, args, result, save)
+        run_stages(model, images, labels, args, result, save, keep)
         if todo:
+            adversarial = open_adversarial(adv_path, images, state is None) if args.save_adv else None
             if state is None:
                 clean, *_ = run_pgd(model, images, labels, args, "clean", eps=result["eps"], restarts=0)
                 state = {"identity": state_identity, "robust": clean.int().tolist(), "todo": None,
                          "left": {}, "seconds": {}}
             else:
                 print(f"going on with the evaluation that was interrupted ({state_path})")
-            run_autoattack(aa, images, labels, args.attacks, args.batch_size, state, state_path)
+            run_autoattack(aa, images, labels, args.attacks, args.batch_size, state, state_path,
+                           lambda attack, robust: keep(**{attack: robust}), adversarial)
+            if args.save_adv:
+                robust = np.array(state["robust"], dtype=bool)
+                np.savez(args.save_adv, images=adversarial, labels=labels.cpu().numpy(), robust=robust)
             if stage == "aa":
                 result["aa"] = state["left"][STANDARD[-1]]
                 result["attacks"] |= state["left"]
+                warn_if_masked(state["left"])
             else:
                 result["quick"][stage] = state["left"]
             save(stage, seconds=state["seconds"], autoattack=aa.name)
@@ -423,10 +504,8 @@ def main():
                 show(attack, (result["attacks"] if stage == "aa" else result["quick"][stage])[attack])
         if args.attacks and runs.rank() == 0:
             state_path.unlink(missing_ok=True)
-
-    quick = result["quick"].get(stage)
-    look = f" / {stage} (a quick look, not AA) {quick[args.attacks[-1]]:.2f}" if quick else ""
-    print(f"{path}, {len(labels):,} images: {summary(result, stage == 'aa')}{look}   ({result_path})")
+            adv_path.unlink(missing_ok=True)
+    print(f"{path}, {len(labels):,} images: {summary(result, stage, further_pgd(args))}   ({result_path})")
 
 
 if __name__ == "__main__":

@@ -477,6 +477,7 @@ def average_gradients(optimizer):
 
 # Training images, test images, classes.
 NAMED_DATASETS = {"cifar10": (50_000, 10_000, 10), "cifar100": (50_000, 10_000, 100)}
+CIFAR10_SHA256 = "6b3883dca6c867f1e58def548c063d1865569b8575fcbce06b3e468a89f9895a"  # of utils.Dataset
 
 
 def fetch(name, data_dir="data"):
@@ -491,7 +492,22 @@ def fetch(name, data_dir="data"):
     if not str(name).endswith(".npz"):
         known = ", ".join(NAMED_DATASETS)
         raise InputError(f"unknown data set {str(name)!r}: there is {known}, or the path of an .npz")
+    head = re.fullmatch(r"cifar10_head(\d+)\.npz", Path(name).name)
+    if head and not Path(name).exists():
+        raise InputError(f"no such file: {name} (python data/prepare.py head --n {head[1]} makes it)")
     return Path(name)
+
+
+def load_named(name, data_dir, device):
+    """The Dataset of a name or path, on the device. Raises InputError if a named one has another size than it
+    should."""
+    path = fetch(name, data_dir)
+    data = load_dataset(path, device)
+    size = (len(data.train_labels), len(data.test_labels), data.num_classes)
+    if size != NAMED_DATASETS.get(name, size):
+        raise InputError(f"{path} is not {name}: it holds {size[0]:,} training and {size[1]:,} test images "
+                         f"of {size[2]} classes")
+    return data
 
 
 def download(name, path):
@@ -516,7 +532,7 @@ def load(args, device):
         train, test = torch.empty(n_train, device="meta"), torch.empty(n_test, device="meta")
         data = Dataset(train, train, test, test, num_classes, sha256="")
     else:
-        data = load_dataset(fetch(args.dataset, args.data_dir), device)
+        data = load_named(args.dataset, args.data_dir, device)
     if args.val >= len(data.train_labels):
         raise InputError(f"--val {args.val} leaves nothing to train on of {len(data.train_labels):,} images")
     return data
@@ -655,15 +671,17 @@ def load_weights(model, state, path):
         raise InputError(f"{path} holds NaN or infinite weights: {broken[0]}")
 
 
+def git(*args):
+    """What git says in the folder of this code, or None."""
+    try:
+        done = subprocess.run(["git", "-C", HERE, *args], capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def environment(device):
     """What a reader needs to know about where numbers come from: commit, versions, device."""
-    def git(*args):
-        try:
-            done = subprocess.run(["git", "-C", HERE, *args], capture_output=True, text=True)
-        except FileNotFoundError:  # no git on this machine
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
     cuda = device.type == "cuda"
     return {
@@ -796,7 +814,8 @@ class Run:
         """Write args.json, or check that it is this run's and keep it as `record`."""
         self.record = check_folder(self.args, self.parser)
         if self.record is None:
-            settings = {"args": vars(self.args), **self.now, "data_sha256": self.data_sha256}
+            settings = {"args": vars(self.args), **self.now, "git_diff": git("diff", "HEAD") or None,
+                        "data_sha256": self.data_sha256}
             write_json(self.out / "args.json", {**settings, "resumed": []})
         elif self.record["data_sha256"] != self.data_sha256:
             raise InputError(f"{self.out} was started with other data")
@@ -895,13 +914,17 @@ def show_setting(args, model, data):
         print(f"  --{key.replace('_', '-'):18}{fraction_text(value) if key in ('eps', 'alpha') else value}")
     steps = math.ceil(n_train / args.batch_size)
     held_out = f" (and {args.val:,} held out)" if args.val else ""
-    print(f"data   {args.dataset}: {n_train:,} training images{held_out}, {n_test:,} test images")
+    known = " (CIFAR-10's pixels)" if data.sha256 == CIFAR10_SHA256 else f" (SHA-256 {data.sha256[:8]}...)"
+    print(f"data   {args.dataset}: {n_train:,} training images{held_out}, {n_test:,} test images"
+          f"{known if data.sha256 else ''}")
     print(f"model  {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"steps  {args.epochs} epochs of {steps:,}: {args.epochs * steps:,}")
     late = [f"{e:g}" for e in args.lr_decay_epochs if e >= args.epochs]
     if args.lr_schedule == "piecewise" and late:
         print(f"warning: the learning rate never drops at {', '.join(late)}, "
               f"for the run ends after {args.epochs} epochs")
+    if args.dry_run:
+        print("time   ./run_all.sh cost ROW, or python -m tools.bench, says what it takes on this machine")
 
 
 def progress_bar(total, name):

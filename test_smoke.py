@@ -57,6 +57,7 @@ def test_a_run_and_its_evaluation(train, script, tmp_path):
     record = json.loads((run / "args.json").read_text())
     assert record["args"]["ls"] == 0.1 and record["args"]["eps"] == 8 / 255
     assert record["command"][0] == "train_pgdat.py"
+    assert record["git_diff"] is None or record["git_dirty"]
     assert record["data_sha256"] and record["versions"]["torch"] == torch.__version__
     assert "git_commit" in record
     assert [e["epoch"] for e in log(run)] == [1, 2]
@@ -77,6 +78,11 @@ def test_a_run_and_its_evaluation(train, script, tmp_path):
     assert "pgd-cw-3x2" in result["attacks"]
     assert set(result["stages"]) == {"pgd10", "pgd-cw-3x2", "apgd-ce,apgd-t"}
     assert result["stages"]["pgd10"]["versions"]["torch"] == torch.__version__
+    with np.load(run / "result.npz") as npz:
+        flags = {k: utils.percent(torch.from_numpy(npz[k])) for k in npz}
+    assert flags == {"clean": result["clean"], "pgd10": result["pgd10"], "pgd10_worst": result["pgd10_worst"],
+                     "pgd-cw-3x2": result["attacks"]["pgd-cw-3x2"], **result["quick"]["apgd-ce,apgd-t"]}
+    assert re.search(r"PGD-10 \S+ / pgd-cw-3x2 \S+ / apgd-ce,apgd-t", out.splitlines()[-1])
 
     before = (run / "result.json").read_text()
     for argv, problem in ((("--n", 13), "n was 12, is 13"), (("--n", 12, "--eps", "4/255"), "eps was")):
@@ -191,6 +197,7 @@ def test_dry_run_shows_the_whole_setting_and_needs_no_data(script, tmp_path, mon
     (("--activation", "swish"), "argument --activation: invalid choice: 'swish'"),
     (("--dataset", "imagenet"), "unknown data set 'imagenet'"),
     (("--dataset", "none.npz"), "no such file"),
+    (("--dataset", "data/cifar10_head77.npz"), "python data/prepare.py head --n 77 makes it"),
     (("--lr-schedule", "step"), "invalid choice: 'step'"),
     (("--eps", "8"), '[0, 1] scale of the images; write "8/255"'),
     (("--eps", "8/0"), "neither a number nor a fraction"),
@@ -214,6 +221,12 @@ def test_bad_arguments_get_one_line_and_leave_nothing(train, tmp_path, argv, pro
     status, _, err = train(*argv)
     assert status == 2 and problem in err and len(err.splitlines()) == 1, err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_another_size_does_not_pass_as_cifar10(script, tmp_path, small_npz):
+    shutil.copy(small_npz, tmp_path / "cifar10.npz")
+    status, _, err = script(train_pgdat, *TINY, "--data-dir", tmp_path, "--out", tmp_path / "run")
+    assert status == 2 and "cifar10.npz is not cifar10: it holds 96 training and 40 test images" in err
 
 
 def test_bad_data_file_gets_one_line(script, tmp_path, small_npz):
@@ -258,6 +271,7 @@ def test_weights_that_are_not_finite_are_never_saved(train, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("argv, problem", [
     (("nowhere",), "no such file: nowhere"),
+    (("checkpoints/wide.pt", "--model", "tiny"), "its row in run_all.sh says where it is from"),
     ((".",), "holds no best.pt"),
     (("foreign.pt",), "does not name its architecture: give --model"),
     (("foreign.pt", "--model", "wrn-34-10"), "of another architecture: Missing key(s)"),
@@ -290,6 +304,31 @@ def test_bad_evaluations_get_one_line_and_leave_nothing(script, tmp_path, small_
     assert status == 2 and problem in err and len(err.splitlines()) == 1, err
     assert {p.name for p in tmp_path.iterdir()} - before <= {".other.lock", ".odd.lock"}
     assert (tmp_path / "other.json").read_text() == "{}"
+
+
+def test_adversarial_images_are_saved(train, script, tmp_path, small_npz):
+    assert train(epochs=1)[0] == 0
+    run, file, data = tmp_path / "run", tmp_path / "adv.npz", utils.load_dataset(small_npz)
+    argv = (run, "--n", 12, "--attacks", "apgd-ce", "--save-adv", file)
+    status, _, err = script(eval_aa, *argv)
+    assert status == 0, err
+    with np.load(file) as npz:
+        moved = torch.from_numpy(npz["images"]) - utils.to_float(data.test_images[:12])
+        assert npz["labels"].tolist() == data.test_labels[:12].tolist()
+        assert moved.abs().max() <= 8 / 255 + 1e-6 and not moved[torch.from_numpy(npz["robust"])].any()
+    assert not list(run.glob("*.npy"))
+    status, _, err = script(eval_aa, *argv)
+    assert status == 2 and "is there already, add --overwrite" in err
+
+
+def test_results_of_a_checkpoint_that_has_changed_since_are_refused(train, script, tmp_path):
+    assert train(epochs=1)[0] == 0 and script(eval_aa, tmp_path / "run", "--attacks", "none")[0] == 0
+    state = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    del state["digest"]
+    state["state_dict"]["linear.bias"][0] += 1
+    torch.save(state, tmp_path / "run" / "best.pt")
+    status, _, err = script(eval_aa, tmp_path / "run", "--attacks", "none")
+    assert status == 2 and "the checkpoint has changed since. --overwrite evaluates it anew" in err
 
 
 def test_anyones_checkpoint(script, tmp_path, small_npz):

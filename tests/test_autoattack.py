@@ -1,6 +1,9 @@
 """The evaluator runs AutoAttack a batch at a time, to be interruptible; its figures are those of one
 AutoAttack call."""
 
+import contextlib
+
+import numpy as np
 import pyautoattack
 import pytest
 import torch
@@ -40,7 +43,7 @@ EPS, BATCH = 0.01, 5
 QUERIES, ITERATIONS = 500, 20  # of Square and FAB, instead of 5,000 and 100: for the test's time
 
 
-def staged(problem, state_path, watch=None, attacks=eval_aa.STANDARD):
+def staged(problem, state_path, watch=None, attacks=eval_aa.STANDARD, adversarial=None):
     model, images, labels = problem
     aa = eval_aa.AutoAttack(model, EPS, 0, "cpu")
     aa.aa.square.n_queries, aa.aa.fab.n_iter = QUERIES, ITERATIONS
@@ -51,8 +54,10 @@ def staged(problem, state_path, watch=None, attacks=eval_aa.STANDARD):
     fresh = {"identity": {"who": "me"}, "robust": clean.int().tolist(), "left": {}, "todo": None,
              "seconds": {}}
     state = eval_aa.open_state(state_path, {"who": "me"}, overwrite=False) or fresh
-    eval_aa.run_autoattack(aa, images, labels, attacks, BATCH, state, state_path)
-    return state
+    flags = {}
+    work = (attacks, BATCH, state, state_path, flags.__setitem__, adversarial)
+    eval_aa.run_autoattack(aa, images, labels, *work)
+    return {**state, "flags": flags}
 
 
 def test_equals_one_call_of_autoattack_even_when_interrupted(problem, tmp_path):
@@ -61,8 +66,10 @@ def test_equals_one_call_of_autoattack_even_when_interrupted(problem, tmp_path):
     whole.square.n_queries, whole.fab.n_iter = QUERIES, ITERATIONS
     x_adv, _ = whole.run_standard_evaluation(utils.to_float(images).contiguous(), labels, batch_size=BATCH)
     robust = (model(x_adv).argmax(1) == labels).int().tolist()
-    state = staged(problem, tmp_path / "whole.json")
-    assert state["robust"] == robust
+    adversarial = eval_aa.open_adversarial(tmp_path / "adv.npy", images, fresh=True)
+    state = staged(problem, tmp_path / "whole.json", adversarial=adversarial)
+    assert state["robust"] == robust and np.array_equal(adversarial, x_adv.numpy())
+    assert {a: utils.percent(f) for a, f in state["flags"].items()} == state["left"]
     assert state["left"]["square"] == utils.percent(torch.tensor(robust).bool())
     left = [state["left"][a] for a in eval_aa.STANDARD]
     assert left == sorted(left, reverse=True) and 100 * 13 / 14 > left[0] > left[-1] > 0
@@ -77,11 +84,13 @@ def test_equals_one_call_of_autoattack_even_when_interrupted(problem, tmp_path):
             return fools(*args)
         return call
 
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            staged(problem, tmp_path / "cut.json", dying)
-    resumed = staged(problem, tmp_path / "cut.json", dying)
+    for attempt in range(4):
+        adversarial = eval_aa.open_adversarial(tmp_path / "cut.npy", images, fresh=attempt == 0)
+        with pytest.raises(KeyboardInterrupt) if attempt < 3 else contextlib.nullcontext():
+            resumed = staged(problem, tmp_path / "cut.json", dying, adversarial=adversarial)
+        del adversarial  # as the end of a process does
     assert resumed["robust"] == robust and resumed["left"] == state["left"]
+    assert np.array_equal(np.load(tmp_path / "cut.npy"), x_adv.numpy())
 
 
 def test_the_state_of_another_evaluation_is_refused(tmp_path):
@@ -105,7 +114,7 @@ def test_a_channels_last_model_is_attacked_without_a_stride_error():
     x = utils.to_float(torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8))
     assert not x.is_contiguous()
     y = model(x).argmax(1)
-    assert eval_aa.AutoAttack(model, 8 / 255, 0, "cpu").fools("apgd-ce", x, y).shape == (4,)
+    assert eval_aa.AutoAttack(model, 8 / 255, 0, "cpu").fools("apgd-ce", x, y)[1].shape == (4,)
 
 
 def test_the_github_package_serves_as_well(monkeypatch):
@@ -131,7 +140,7 @@ def test_the_github_package_serves_as_well(monkeypatch):
     x = torch.rand(3, 3, 32, 32)
     x[0] = 0.5
     y = x.mean((2, 3)).argmax(1)
-    assert aa.fools("square", x, y).tolist() == [False, True, True]
+    assert aa.fools("square", x, y)[1].tolist() == [False, True, True]
     assert seen == {"norm": "Linf", "eps": 0.1, "seed": 7, "verbose": False, "version": "standard",
                     "device": "cpu",
                     "attacks": ["square"], "bs": 3} and aa.name.startswith("autoattack")
