@@ -161,8 +161,7 @@ def rebuild(args, path, checkpoint, trained):
 
 
 def open_result(path, identity, overwrite):
-    """What the result file holds, or a fresh result of this identity. Raises InputError if it is
-    another's."""
+    """What the result file holds, or a fresh result. Raises InputError if it is of another identity."""
     fresh = {"clean": None, "pgd10": None, "pgd10_worst": None, "aa": None,
              "attacks": {}, "quick": {}, "stages": {}, **identity}
     if not path.exists():
@@ -198,8 +197,7 @@ def open_state(path, identity, overwrite):
 
 
 def run_pgd(model, images, labels, args, name, **attack):
-    """(clean, last, worst) of pgd_evaluate, three (N,) bool tensors, under a progress bar; and the
-    seconds."""
+    """(clean, last, worst, seconds): three (N,) bool tensors of pgd_evaluate, under a progress bar."""
     started = time.time()
     with runs.progress_bar(len(labels) * attack.get("restarts", 1), name) as bar:
         flags = pgd_evaluate(model, images, labels, seed=args.seed, batch_size=args.batch_size,
@@ -267,8 +265,7 @@ class OncePerMessage(logging.Filter):
 
 
 def keep_flags(path, **flags):
-    """Add to an .npz which images are right, {name: (N,) bool tensor}; it keeps what it holds of other
-    names."""
+    """Add {name: (N,) bool tensor of the images that are right} to an .npz; other names in it stay."""
     file, known = io.BytesIO(), {}
     if path.exists():
         with np.load(path) as npz:
@@ -278,8 +275,7 @@ def keep_flags(path, **flags):
 
 
 def open_adversarial(path, images, fresh):
-    """An array (N, 3, 32, 32) float32 on the disk, which outlives an interruption; at first the clean
-    images."""
+    """An array (N, 3, 32, 32) float32 on the disk, to outlive an interruption; at first the clean images."""
     if path.exists() and not fresh:
         return np.lib.format.open_memmap(path, "r+")
     array = np.lib.format.open_memmap(path, "w+", np.float32, (len(images), 3, 32, 32))
@@ -340,13 +336,12 @@ def show(name, accuracy, seconds=None, remark=""):
 
 
 def summary(result, stage="aa", further=None):
-    """A result's figures in a line: clean, PGD-10, and those of a further PGD and of a stage of
-    AutoAttack."""
+    """A result's figures in a line: clean, PGD-10, a further PGD, a stage of AutoAttack."""
     parts = [f"clean {result['clean']:.2f}", f"PGD-10 {result['pgd10']:.2f}"]
     if further:
         parts.append(f"{further} {result['attacks'][further]:.2f}")
     if stage == "aa" and result["aa"] is not None:
-        parts.append(f"AA {result['aa']:.2f} (PGD-10 less {result['pgd10'] - result['aa']:.2f})")
+        parts.append(f"AA {result['aa']:.2f} ({result['pgd10'] - result['aa']:.2f} below PGD-10)")
     elif quick := result["quick"].get(stage):
         parts.append(f"{stage} (a quick look, not AA) {list(quick.values())[-1]:.2f}")
     return " / ".join(parts)

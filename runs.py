@@ -49,8 +49,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that answers a bad command line with one line and exit status 2, and takes no
-    abbreviations."""
+    """argparse without abbreviations, which answers a bad command line with one line and exit status 2."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
@@ -289,8 +288,7 @@ def make_forward(model, precision="fp32", compile=False):
     torch.backends.cudnn.benchmark = True  # shapes are few here, unlike AutoAttack's
     net = model
     if compile:
-        # One graph for each of: attack (frozen, train or eval), update, clean pass, test; times the batch
-        # sizes.
+        # A graph each for attack (frozen, train or eval), update, clean pass, test; times the batch sizes.
         torch._dynamo.config.recompile_limit = 64
         try:
             torch.compile(torch.neg)(torch.ones(2, device=device))
@@ -330,8 +328,7 @@ class Graphed:
         return output.clone()  # the next replay, of any of the graphs, overwrites it
 
     def capture(self, inputs):
-        """(graph, its input tensors, its output tensor) for these shapes; the model's buffers stay as they
-        were."""
+        """(graph, its input tensors, its output tensor) for these shapes. The model's buffers do not move."""
         static = [x.clone() for x in inputs]
         before = [b.clone() for b in self.model.buffers()]
         side = torch.cuda.Stream()
@@ -410,8 +407,7 @@ def barrier():
 
 
 def only_first(function):
-    """Call function() in the first process while the others wait; if it raises there, they end with status
-    2."""
+    """Call function() in the first process while the others wait; if it raises, they end with status 2."""
     if rank() > 0:
         if max_over_processes(torch.zeros(1)):
             sys.exit(2)
@@ -425,16 +421,12 @@ def only_first(function):
 
 
 def check_split(args, n_train, device):
-    """Raise InputError if the processes cannot share an epoch's batches evenly, or for --compile on several
-    GPUs.
-
-    Synchronised batch norm has not been tried under compilation.
-    """
+    """Raise InputError for what several processes cannot do: share a batch unevenly, compile on GPUs."""
     for size in (args.batch_size, n_train % args.batch_size):
         if size % world():
             raise InputError(f"{world()} processes cannot share a batch of {size} images evenly (the last of "
                              f"an epoch has {n_train % args.batch_size or args.batch_size})")
-    if world() > 1 and args.compile and device.type == "cuda":
+    if world() > 1 and args.compile and device.type == "cuda":  # not tried with synchronised batch norm
         raise InputError("--compile is not supported on several GPUs")
 
 
@@ -499,8 +491,7 @@ def fetch(name, data_dir="data"):
 
 
 def load_named(name, data_dir, device):
-    """The Dataset of a name or path, on the device. Raises InputError if a named one has another size than it
-    should."""
+    """The Dataset of a name or path, on the device. Raises InputError if a named one has another size."""
     path = fetch(name, data_dir)
     data = load_dataset(path, device)
     size = (len(data.train_labels), len(data.test_labels), data.num_classes)
@@ -565,8 +556,7 @@ def write_json(path, value):
 
 
 def fits(value, form):
-    """Whether a value has the form: a type or several, {key: form} of what a dict holds at least, [form] of
-    all items."""
+    """Whether a value has the form: a type, several, {key: form} (these keys at least), or [form of items]."""
     if isinstance(form, dict):
         return isinstance(value, dict) and all(k in value and fits(value[k], v) for k, v in form.items())
     if isinstance(form, list):
@@ -596,8 +586,7 @@ ENTRY = {"epoch": int, "lr": (int, float), "train_loss": (int, float), "seconds"
 
 
 def digest(value):
-    """SHA-256 of tensors and plain values in dicts and lists; of a state dict: what a result names its
-    weights by."""
+    """SHA-256 of tensors and plain values in dicts and lists. A result names its weights by that of them."""
     h = hashlib.sha256()
 
     def add(v):
@@ -625,8 +614,7 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path):
-    """The dict in a checkpoint file, on the CPU: ours, {"state_dict": ...}, or a bare state dict, which is
-    wrapped.
+    """The dict in a checkpoint file, on the CPU: ours, {"state_dict": ...}, or a bare state dict made that.
 
     Only tensors and plain values are unpickled (weights_only=True). A `module.` prefix (DataParallel) and the
     `sub_block1.*` keys of WideResNets, which no forward pass uses, are dropped. Raises InputError for a file
@@ -845,8 +833,7 @@ class Run:
         write_atomically(log, b"".join(lines))
 
     def look_for_remains(self):
-        """Without last.pt: take a finished run as finished; refuse what is left of another; else start
-        over."""
+        """Without last.pt: know a finished run, refuse what is left of another, or start over."""
         log = self.out / "log.jsonl"
         lines = log.read_bytes().splitlines() if log.exists() else []
         if len(lines) == self.args.epochs:
@@ -957,8 +944,7 @@ class Meter:
 
     @torch.no_grad()
     def add(self, loss, y, logits, clean_logits=None):
-        """Count a step. loss (): the batch mean; logits (B, K) on adversarial, clean_logits on clean
-        images."""
+        """Count a step. loss (): the batch mean; logits (B, K) on adversarial, clean_logits on clean x."""
         right = (logits.argmax(1) == y).sum()
         right_clean = torch.zeros_like(right) if clean_logits is None else (clean_logits.argmax(1) == y).sum()
         self.sums += torch.stack([loss * len(y), right, right_clean, torch.full_like(right, len(y))])

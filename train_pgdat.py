@@ -78,8 +78,7 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """The resolved setting of a command line. One that names a flag without effect is refused with exit
-    status 2."""
+    """The resolved setting of a command line; a flag without effect is refused with exit status 2."""
     p = make_parser()
     args = p.parse_args(argv)
     if args.attack == "none":
@@ -91,8 +90,7 @@ def parse_args(argv=None):
 
 
 def make_attack(model, forward, args):
-    """attack(x, y, eps, epoch, generator): the images (B, 3, 32, 32) to train on, x under PGD; x itself with
-    --attack none."""
+    """attack(x, y, eps, epoch, generator): x (B, 3, 32, 32) under PGD, or x itself with --attack none."""
     def iterate(x, y, start, eps, tolerance=None):
         with attack_mode(model, args.bn_mode):
             x_adv = pgd(forward, x, y, start, eps, args.alpha, args.steps, tolerance=tolerance)
@@ -163,7 +161,7 @@ def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch):
 
 
 def test(model, forward, images, labels, args, epoch, split):
-    """{SPLIT_clean, SPLIT_pgd10}: accuracies in per cent; with --attack none PGD-10 is None, not computed."""
+    """{SPLIT_clean, SPLIT_pgd10}: accuracies in per cent. PGD-10 steps by 2/255; None with --attack none."""
     with attack_mode(model, "eval"):
         flags = pgd_evaluate(forward, images, labels, eps=args.eps, restarts=1 if args.attack == "pgd" else 0,
                              seed=(args.seed, epoch), batch_size=args.test_batch_size, share=runs.share())

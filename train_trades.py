@@ -71,8 +71,7 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """The resolved setting of a command line. One that names a flag without effect is refused with exit
-    status 2."""
+    """The resolved setting of a command line; a flag without effect is refused with exit status 2."""
     p = make_parser()
     return runs.resolve(p, p.parse_args(argv), "trades")
 
@@ -155,8 +154,7 @@ def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch):
 
 
 def test(model, forward, images, labels, args, epoch, split):
-    """{SPLIT_clean, SPLIT_pgd10}: accuracies in per cent; PGD-10 steps by 2/255 whatever the training attack
-    does."""
+    """{SPLIT_clean, SPLIT_pgd10}: accuracies in per cent. PGD-10 steps by 2/255, whatever --alpha is."""
     with attack_mode(model, "eval"):
         flags = pgd_evaluate(forward, images, labels, eps=args.eps, seed=(args.seed, epoch),
                              batch_size=args.test_batch_size, share=runs.share())

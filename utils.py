@@ -133,8 +133,7 @@ def batches(images, labels, batch_size, generator, padding, share=slice(None)):
 
 
 def seeded(device, *key):
-    """A generator on the device whose stream depends on the key alone, e.g. seeded(device, seed, "attack",
-    epoch, step)."""
+    """A generator on the device that depends on the key alone: seeded(device, seed, "attack", epoch, step)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -169,8 +168,7 @@ def random_start(x, eps, generator):
 
 
 def linf_step(x, x_adv, grad, eps, alpha):
-    """x_adv + alpha * sign(grad), projected to the eps-ball around x and clipped to [0, 1] (Eq. 1 of the
-    paper)."""
+    """x_adv + alpha * sign(grad), projected to the eps-ball around x and clipped to [0, 1] (Eq. 1)."""
     x_adv = x_adv + alpha * grad.sign()
     return torch.min(torch.max(x_adv, x - eps), x + eps).clamp_(0, 1)
 

@@ -28,8 +28,7 @@ def small_npz(tmp_path_factory):
 
 @pytest.fixture
 def script(monkeypatch, capfd):
-    """script(module, *argv): runs its main as from the command line, in this process -> (exit status, stdout,
-    stderr)."""
+    """script(module, *argv): runs its main as from the command line -> (exit status, stdout, stderr)."""
     import runs
 
     def run(module, *argv):
