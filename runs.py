@@ -556,7 +556,7 @@ def write_json(path, value):
 
 
 def fits(value, form):
-    """Whether a value has the form: a type, several, {key: form} (these keys at least), or [form of items]."""
+    """Whether a value has the form: a type or types, {key: form} (at least), or [form of items]."""
     if isinstance(form, dict):
         return isinstance(value, dict) and all(k in value and fits(value[k], v) for k, v in form.items())
     if isinstance(form, list):

@@ -133,7 +133,7 @@ def batches(images, labels, batch_size, generator, padding, share=slice(None)):
 
 
 def seeded(device, *key):
-    """A generator on the device that depends on the key alone: seeded(device, seed, "attack", epoch, step)."""
+    """A generator on the device for the key: seeded(device, seed, "attack", epoch, step)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
