@@ -46,7 +46,7 @@ def attack_list(text):
     return names
 
 
-def parse_args(argv=None):
+def make_parser():
     p = runs.Parser(description=__doc__)
     p.add_argument("target", type=Path, help="a run's folder or a checkpoint file")
     p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run's folder")
@@ -88,6 +88,12 @@ def parse_args(argv=None):
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     g.add_argument("--precision", choices=("fp32", "tf32"),
                    help="fp32: strict; tf32: torch's own float32 (default: tf32 on CUDA, fp32 elsewhere)")
+    return p
+
+
+def parse_args(argv=None):
+    """The arguments of a command line. One that contradicts itself is refused with exit status 2."""
+    p = make_parser()
     args = p.parse_args(argv)
     if args.no_normalize and (args.mean or args.std):
         p.error("--no-normalize contradicts --mean and --std")
