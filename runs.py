@@ -728,6 +728,14 @@ def check_folder(args, parser):
     return record
 
 
+def epoch_of(path):
+    """The epoch that a checkpoint is of, or None if it is missing, damaged or not ours."""
+    try:
+        return load_checkpoint(path).get("epoch")
+    except InputError:
+        return None
+
+
 class Run:
     """The folder of a training run: args.json, log.jsonl, last.pt and best.pt; locked while it is open.
 
@@ -819,14 +827,15 @@ class Run:
         others = checkpoint.pop("others")
         for name, value in self.others.items():
             value.load_state_dict(others[name])
-        self.log = checkpoint["log"]
-        if self.epoch == self.args.epochs:
-            return
-        print(f"going on with {self.out} after epoch {self.epoch}")
-        if self.best is self.log[-1]:
-            save_checkpoint(best, checkpoint)  # the run may have been killed just before
-        elif self.best and load_checkpoint(best).get("epoch") != self.best["epoch"]:
-            raise InputError(f"{best} is not of epoch {self.best['epoch']}, the best: choose another --out")
+        self.log, finished = checkpoint["log"], len(checkpoint["log"]) == self.args.epochs
+        if not finished:
+            print(f"going on with {self.out} after epoch {self.epoch}")
+        if self.best and epoch_of(best) != self.best["epoch"]:
+            if self.best is self.log[-1]:
+                save_checkpoint(best, checkpoint)  # the run was killed just before
+            elif not finished:
+                raise InputError(f"{best} is not the checkpoint of epoch {self.best['epoch']}, the best, and "
+                                 "cannot be restored: choose another --out")
         before, lines = log.read_bytes() if log.exists() else b"", self.log_lines()
         if before != b"".join(lines[:-1]) and not before.startswith(b"".join(lines)):  # no kill does that
             print(f"note: {log} was damaged and is restored from last.pt")
