@@ -712,6 +712,8 @@ def check_folder(args, parser):
     Raises InputError if the folder holds a run and --resume was not given, or one of other settings.
     """
     out = Path(args.out)
+    if args.dry_run:
+        return None
     if not (out / "args.json").exists():
         remains = [f for f in ("last.pt", "best.pt", "log.jsonl") if (out / f).exists()]
         if remains:
