@@ -14,15 +14,16 @@ Cost: 26 forwards an image and epoch (a backward by inputs or by weights counts 
 takes 21; one less with --bn-mode eval; 110 epochs.
 """
 
+import copy
 import math
 
 import torch
 
 import models
 import runs
-from utils import (OPTIMIZERS, SCHEDULES, InputError, attack_mode, batches, hold_out,
+from utils import (OPTIMIZERS, SCHEDULES, InputError, attack_mode, batches, ema_decay, hold_out,
                    make_optimizer, percent, pgd, pgd_evaluate, random_start, schedule, seeded,
-                   smoothed_cross_entropy)
+                   smoothed_cross_entropy, update_average)
 
 NORMALIZE = models.CIFAR_NORMALIZE  # inside the model, so that the attack lives in [0, 1]
 
@@ -73,6 +74,11 @@ def make_parser():
     g.add_argument("--bn-clean-passes", type=int, choices=(0, 1, 2), default=2,
                    help="clean forwards a step that only move the running statistics: 1 is after the update, "
                         "2 adds one before it (default: 2, as the authors' code)")
+
+    g = p.add_argument_group("tricks since the paper")
+    g.add_argument("--ema", type=runs.number(0, 1, open_high=True), default=0, metavar="DECAY",
+                   help="test and save an exponential moving average of the weights; its decay is this, or "
+                        "(1 + t) / (10 + t) at update t (from 0) while that is smaller (default: 0, off)")
     runs.add_flags(p)
     return p
 
@@ -136,7 +142,7 @@ def train_step(model, forward, optimizer, x, x_adv, y, args):
     return loss.detach(), logits.detach(), clean_logits
 
 
-def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch):
+def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch, average=None):
     """One pass over the training images (N, 32, 32, 3) uint8. Returns the epoch's part of its log line."""
     device, steps = images.device, math.ceil(len(labels) / args.batch_size)
     meter, generator = runs.Meter(device), seeded(device, args.seed, "data", epoch)
@@ -151,6 +157,8 @@ def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch):
         loss, logits, clean_logits = train_step(model, forward, optimizer, x, x_adv, y, args)
         meter.add(loss, y, logits, clean_logits)
         runs.share_statistics(model)
+        if average is not None:
+            update_average(average, model, ema_decay(epoch * steps + step, args.ema))
     mean_loss, adv_acc, clean_acc = meter.read()
     if args.attack == "none":
         adv_acc, clean_acc = None, adv_acc  # what was trained on was clean
@@ -194,15 +202,19 @@ def main():
     runs.average_gradients(optimizer)
 
     state = {"model": model, "optimizer": optimizer}  # what a run saves and --resume restores
+    average, tested, forward_tested = None, model, forward
+    if args.ema:
+        state["average"] = average = tested = copy.deepcopy(model)
+        forward_tested = runs.make_forward(average, args.precision, args.compile)
     about = {"num_classes": data.num_classes, "normalize": NORMALIZE}
     accuracy = "pgd10" if args.attack == "pgd" else "clean"
     measure = f"val_{accuracy}" if val else f"test_{accuracy}"  # chooses the best epoch
-    with runs.Run(args, make_parser(), state, about, data_sha256=data.sha256, measure=measure) as run:
+    with runs.Run(args, make_parser(), state, about, data.sha256, measure, tested) as run:
         for epoch in range(run.epoch, args.epochs):
-            entry = train_epoch(model, forward, attack, optimizer, *train, args, epoch)
+            entry = train_epoch(model, forward, attack, optimizer, *train, args, epoch, average)
             if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
                 for split, (images, labels) in splits.items():
-                    entry |= test(model, forward, images, labels, args, epoch, split)
+                    entry |= test(tested, forward_tested, images, labels, args, epoch, split)
             run.save(entry)
 
 

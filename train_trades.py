@@ -15,6 +15,7 @@ Cost: with --bn-mode eval 27 forwards an image and epoch (a backward by inputs o
 of which the attack takes 21; 110 epochs.
 """
 
+import copy
 import math
 
 import torch
@@ -22,8 +23,8 @@ import torch.nn.functional as F
 
 import models
 import runs
-from utils import (OPTIMIZERS, SCHEDULES, attack_mode, batches, hold_out, linf_step,
-                   make_optimizer, percent, pgd_evaluate, schedule, seeded)
+from utils import (OPTIMIZERS, SCHEDULES, attack_mode, batches, ema_decay, hold_out, linf_step,
+                   make_optimizer, percent, pgd_evaluate, schedule, seeded, update_average)
 
 NORMALIZE = None  # TRADES takes images in [0, 1] as they are
 
@@ -66,6 +67,11 @@ def make_parser():
                    help="epochs over which eps first rises linearly from 0")
     g.add_argument("--bn-mode", choices=("train", "eval"), default="eval",
                    help="mode of batch norm while the training attack runs")
+
+    g = p.add_argument_group("tricks since the paper")
+    g.add_argument("--ema", type=runs.number(0, 1, open_high=True), default=0, metavar="DECAY",
+                   help="test and save an exponential moving average of the weights; its decay is this, or "
+                        "(1 + t) / (10 + t) at update t (from 0) while that is smaller (default: 0, off)")
     runs.add_flags(p)
     return p
 
@@ -133,7 +139,7 @@ def train_step(model, forward, optimizer, x, x_adv, y, args):
     return loss.detach(), adversarial.detach(), natural.detach()
 
 
-def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch):
+def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch, average=None):
     """One pass over the training images (N, 32, 32, 3) uint8. Returns the epoch's part of its log line."""
     device, steps = images.device, math.ceil(len(labels) / args.batch_size)
     meter, generator = runs.Meter(device), seeded(device, args.seed, "data", epoch)
@@ -148,6 +154,8 @@ def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch):
         loss, logits, clean_logits = train_step(model, forward, optimizer, x, x_adv, y, args)
         meter.add(loss, y, logits, clean_logits)
         runs.share_statistics(model)
+        if average is not None:
+            update_average(average, model, ema_decay(epoch * steps + step, args.ema))
     mean_loss, adv_acc, clean_acc = meter.read()
     return {"lr": lr, "eps": eps,
             "train_loss": mean_loss, "train_adv_acc": adv_acc, "train_clean_acc": clean_acc}
@@ -184,14 +192,18 @@ def main():
     runs.average_gradients(optimizer)
 
     state = {"model": model, "optimizer": optimizer}  # what a run saves and --resume restores
+    average, tested, forward_tested = None, model, forward
+    if args.ema:
+        state["average"] = average = tested = copy.deepcopy(model)
+        forward_tested = runs.make_forward(average, args.precision, args.compile)
     about = {"num_classes": data.num_classes, "normalize": NORMALIZE}
     measure = "val_pgd10" if val else "test_pgd10"  # chooses the best epoch
-    with runs.Run(args, make_parser(), state, about, data_sha256=data.sha256, measure=measure) as run:
+    with runs.Run(args, make_parser(), state, about, data.sha256, measure, tested) as run:
         for epoch in range(run.epoch, args.epochs):
-            entry = train_epoch(model, forward, attack, optimizer, *train, args, epoch)
+            entry = train_epoch(model, forward, attack, optimizer, *train, args, epoch, average)
             if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
                 for split, (images, labels) in splits.items():
-                    entry |= test(model, forward, images, labels, args, epoch, split)
+                    entry |= test(tested, forward_tested, images, labels, args, epoch, split)
             run.save(entry)
 
 

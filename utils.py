@@ -350,3 +350,24 @@ def _centralise_gradients(optimizer, args, kwargs):
     for p in group["params"]:
         p.grad.add_(p, alpha=group["decay_before_centring"])
         p.grad.sub_(p.grad.mean(dim=tuple(range(1, p.dim())), keepdim=True))
+
+
+# ---- Tricks since the paper --------------------------------------------------------------------------------
+
+
+def ema_decay(t, decay):
+    """The moving average's decay at update t (from 0): smaller at first, when there is little to average."""
+    return min(decay, (1 + t) / (10 + t))
+
+
+@torch.no_grad()
+def update_average(average, model, decay):
+    """average <- decay * average + (1 - decay) * model, of weights and of batch norm's running statistics.
+
+    average: a copy of the model. The statistics are averaged likewise, as in the FastAT benchmark
+    (github.com/fzjcdt/FastAT_Benchmark averages the whole state dict): the weights of many steps have no use
+    for those of the last step alone. DeepMind's code (Gowal et al., 2020; Rebuffi et al., 2021) averages the
+    weights only and tests them with the trained model's statistics. Counts of batches are copied.
+    """
+    for a, value in zip(average.state_dict().values(), model.state_dict().values()):
+        a.lerp_(value, 1 - decay) if a.is_floating_point() else a.copy_(value)

@@ -18,6 +18,7 @@ GETTERS = {torch.Tensor.device.__get__: lambda: torch.device("cuda", 0),
 MAY_MIX = {torch.Tensor.copy_, torch.Tensor.data.__set__, torch.Tensor.__getitem__,
            torch._has_compatible_shallow_copy_type}
 CPU_GENERATOR = torch.Generator
+COPY_PARAMETER = torch.nn.Parameter.__deepcopy__
 
 
 def says_cuda(value):
@@ -31,6 +32,14 @@ class Generator(CPU_GENERATOR):
         made = super().__new__(cls)
         made.on_gpu = says_cuda(device)
         return made
+
+
+def copy_parameter(parameter, memo):
+    """Parameter.__deepcopy__ makes the copy by a constructor that no mode sees."""
+    copied = COPY_PARAMETER(parameter, memo)
+    if hasattr(parameter, "on_gpu"):
+        copied.on_gpu = True
+    return copied
 
 
 class PretendedGPU(TorchFunctionMode):
@@ -116,6 +125,7 @@ def stand_ins(n):
     }
     return {(torch._C, "_cuda_setDevice"): set_driver_device,
             (torch.accelerator, "current_stream"): lambda: stream, (torch, "Generator"): Generator,
+            (torch.nn.Parameter, "__deepcopy__"): copy_parameter,
             (torch, "compile"): lambda model, **options: model,
             **{(torch.cuda, k): v for k, v in cuda.items()}}
 

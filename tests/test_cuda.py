@@ -89,6 +89,8 @@ def weights(path):
     (train_pgdat, ("--device", "cuda", "--early-stop-pgd", 0, 1, "--optimizer", "sgd-gc")),
     (train_trades, ("--device", "cuda", "--precision", "bf16", "--compile", "--bn-mode", "train")),
     (train_trades, ("--device", "cuda:0", "--bn-mode", "eval", "--optimizer", "adam")),
+    (train_pgdat, ("--device", "cuda", "--compile", "--bn-mode", "eval", "--ema", 0.9)),
+    (train_trades, ("--device", "cuda", "--precision", "bf16", "--compile", "--ema", 0.9)),
 ], ids=lambda v: v.__name__ if hasattr(v, "__name__") else "".join(map(str, v)))
 def test_training_and_evaluation(gpu, script, small_npz, tmp_path, module, flags):
     run = tmp_path / "run"

@@ -17,7 +17,7 @@ import utils
 
 # What each of the processes does; each leaves a JSON file.
 WORKER = """
-import json, sys
+import copy, json, sys
 from pathlib import Path
 results, npz = map(Path, sys.argv[1:])
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
@@ -42,15 +42,16 @@ out["gradient"] = model.weight.grad.flatten().tolist()
 original, noises = train_pgdat.random_start, []
 train_pgdat.random_start = lambda *a: noises.append(digest(original(*a) - a[0])) or original(*a)
 for mode in ("train", "eval"):
-    args = train_pgdat.parse_args([*SHARED, "--bn-mode", mode])
+    args = train_pgdat.parse_args([*SHARED, "--bn-mode", mode, "--ema", "0.9"])
     torch.manual_seed(0)
     model = runs.sync_batch_norm(train_pgdat.models.build("tiny"), torch.device("cpu"))
     optimizer = utils.make_optimizer(model, "sgd", 0.05, 5e-4)
     runs.average_gradients(optimizer)
     attack = train_pgdat.make_attack(model, model, args)
-    work = (data.train_images, data.train_labels, args, 0)
+    average = copy.deepcopy(model)
+    work = (data.train_images, data.train_labels, args, 0, average)
     entry = train_pgdat.train_epoch(model, model, attack, optimizer, *work)
-    out[mode] = [digest(*model.state_dict().values()), entry]
+    out[mode] = [digest(*m.state_dict().values()) for m in (model, average)] + [entry]
 out["noises"] = noises
 
 out["evaluation"] = evaluation(data)
@@ -124,7 +125,8 @@ def test_gradients_are_those_of_the_whole_batch(both):
 def test_noise_differs_and_weights_statistics_and_figures_do_not(both):
     assert len(both[0]["noises"]) == 6 and not set(both[0]["noises"]) & set(both[1]["noises"])
     for mode in ("train", "eval"):
-        assert both[0][mode] == both[1][mode]  # weights, statistics, and the log's figures
+        assert both[0][mode] == both[1][mode]  # weights, statistics, both averaged, and the log's figures
+        assert both[0][mode][0] != both[0][mode][1]
     assert both[0]["train"][0] != both[0]["eval"][0]
 
 
