@@ -225,6 +225,12 @@ x-r18-bneval-clean0                 | -/-/-             | train_pgdat.py --bn-mo
 # Gowal et al.'s 0.995 at batch 1024 forgets as fast per image (0.995^(1/8) = 0.9994). Replicated by others: FastAT, ResNet-18, 100 epochs
 # one-cycle, smoothing 0.4, last epoch: 85.35/48.35/44.33 without averaging, 82.36/55.05/50.49 with it.
 x-r18-ema                           | -/-/-             | train_pgdat.py --ema 0.9995
+# Adversarial weight perturbation, with the sizes and starts of its authors' code (github.com/csdongxian/AWP), which counts TRADES's epochs
+# from 1, so that its perturbation starts one epoch before ours. It repeats the natural pass in TRADES's loss; ours does not.
+# Replicated by others, clean/-/AA: MTandHJ (PyTorch-Robust), post-activation ResNet-18, PGD-AT 82.32/-/49.88, TRADES 82.75/-/51.86.
+x-r18-awp                           | -/-/-             | train_pgdat.py --awp 0.01
+x-r18-ema-awp                       | -/-/-             | train_pgdat.py --ema 0.9995 --awp 0.01
+x-trades-r18-awp                    | -/-/-             | train_trades.py --awp 0.005 --awp-warmup 10
 # The same question at a CPU's scale: the first 10,000 training images of CIFAR-10 (python data/prepare.py head --n 10000), tested at the end only.
 x-tiny-bneval-clean0                | -/-/-             | train_pgdat.py --model tiny --dataset data/cifar10_head10000.npz --epochs 12 --lr-decay-epochs 9 11 --bn-mode eval --bn-clean-passes 0 --eval-every 12 ; eval_aa.py --attacks none
 x-tiny-bneval-clean2                | -/-/-             | train_pgdat.py --model tiny --dataset data/cifar10_head10000.npz --epochs 12 --lr-decay-epochs 9 11 --bn-mode eval --bn-clean-passes 2 --eval-every 12 ; eval_aa.py --attacks none

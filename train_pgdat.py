@@ -22,8 +22,8 @@ import torch
 import models
 import runs
 from utils import (OPTIMIZERS, SCHEDULES, InputError, attack_mode, batches, ema_decay, hold_out,
-                   make_optimizer, percent, pgd, pgd_evaluate, random_start, schedule, seeded,
-                   smoothed_cross_entropy, update_average)
+                   make_optimizer, percent, perturb_weights, pgd, pgd_evaluate, random_start, restore_weights,
+                   schedule, seeded, smoothed_cross_entropy, update_average)
 
 NORMALIZE = models.CIFAR_NORMALIZE  # inside the model, so that the attack lives in [0, 1]
 
@@ -79,6 +79,12 @@ def make_parser():
     g.add_argument("--ema", type=runs.number(0, 1, open_high=True), default=0, metavar="DECAY",
                    help="test and save an exponential moving average of the weights; its decay is this, or "
                         "(1 + t) / (10 + t) at update t (from 0) while that is smaller (default: 0, off)")
+    g.add_argument("--awp", type=runs.number(0), default=0, metavar="GAMMA",
+                   help="adversarial weight perturbation: take the gradient at weights one step up the loss, "
+                        "each tensor moved by GAMMA of its norm; its authors use 0.01 for PGD-AT and 0.005 "
+                        "for TRADES; it costs one more pass forward and backward (default: 0, off)")
+    g.add_argument("--awp-warmup", type=runs.integer(0), default=0, metavar="EPOCHS",
+                   help="epochs before that starts; its authors use 0 for PGD-AT and 10 for TRADES")
     runs.add_flags(p)
     return p
 
@@ -90,6 +96,8 @@ def parse_args(argv=None):
     if args.attack == "none":
         runs.without_effect(p, args, "--attack none", "eps", "alpha", "steps", "warmup_eps", "early_stop_pgd",
                             "bn_mode")
+    if args.awp == 0:
+        runs.without_effect(p, args, "--awp 0", "awp_warmup")
     if args.early_stop_pgd and args.early_stop_pgd[0] >= args.early_stop_pgd[1]:
         p.error("--early-stop-pgd takes two rising epochs")
     return runs.resolve(p, args, "pgdat")
@@ -117,18 +125,20 @@ def make_attack(model, forward, args):
     return attack
 
 
-def train_step(model, forward, optimizer, x, x_adv, y, args):
-    """One update on the loss of x_adv (B, 3, 32, 32).
+def train_step(model, forward, optimizer, x, x_adv, y, args, gamma=0):
+    """One update on the loss of x_adv (B, 3, 32, 32), at weights that --awp's gamma perturbs unless it is 0.
 
     Returns the loss (), the logits (B, K) of x_adv, and those of x from the pass after the update, or None
     without one.
     """
     clean_logits = None
 
+    moved = perturb_weights(model, lambda: smoothed_cross_entropy(forward(x_adv), y, args.ls), gamma)
     logits = forward(x_adv)
     loss = smoothed_cross_entropy(logits, y, args.ls)
     optimizer.zero_grad()
     loss.backward()
+    restore_weights(moved)
     # The authors' clean passes exist to log clean accuracy, but they run in train mode: with --bn-mode eval
     # two of every three updates of the running statistics, which attack and test depend on, are clean. With
     # --attack none they move the statistics too, which the test depends on.
@@ -145,6 +155,7 @@ def train_step(model, forward, optimizer, x, x_adv, y, args):
 def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch, average=None):
     """One pass over the training images (N, 32, 32, 3) uint8. Returns the epoch's part of its log line."""
     device, steps = images.device, math.ceil(len(labels) / args.batch_size)
+    gamma = args.awp if epoch >= args.awp_warmup else 0
     meter, generator = runs.Meter(device), seeded(device, args.seed, "data", epoch)
     stream = batches(images, labels, args.batch_size, generator, padding="reflect", share=runs.share())
     model.train()
@@ -154,7 +165,7 @@ def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch, 
         for group in optimizer.param_groups:
             group["lr"] = lr
         x_adv = attack(x, y, eps, epoch, seeded(device, args.seed, "attack", epoch, step, runs.rank()))
-        loss, logits, clean_logits = train_step(model, forward, optimizer, x, x_adv, y, args)
+        loss, logits, clean_logits = train_step(model, forward, optimizer, x, x_adv, y, args, gamma)
         meter.add(loss, y, logits, clean_logits)
         runs.share_statistics(model)
         if average is not None:
@@ -186,6 +197,8 @@ def main():
     runs.check_split(args, len(data.train_labels) - args.val, device)
     if args.early_stop_pgd and runs.world() > 1:
         raise InputError("--early-stop-pgd takes one process: the attacks of several end at different steps")
+    if args.awp and runs.world() > 1:
+        raise InputError("--awp takes one process: each of several would perturb the weights in its own way")
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):  # initialised on the CPU, so alike on every device
         model = models.build(args.model, data.num_classes, args.activation, NORMALIZE)

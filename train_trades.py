@@ -23,8 +23,9 @@ import torch.nn.functional as F
 
 import models
 import runs
-from utils import (OPTIMIZERS, SCHEDULES, attack_mode, batches, ema_decay, hold_out, linf_step,
-                   make_optimizer, percent, pgd_evaluate, schedule, seeded, update_average)
+from utils import (OPTIMIZERS, SCHEDULES, InputError, attack_mode, batches, ema_decay, hold_out, linf_step,
+                   make_optimizer, percent, perturb_weights, pgd_evaluate, restore_weights, schedule, seeded,
+                   update_average)
 
 NORMALIZE = None  # TRADES takes images in [0, 1] as they are
 
@@ -72,6 +73,12 @@ def make_parser():
     g.add_argument("--ema", type=runs.number(0, 1, open_high=True), default=0, metavar="DECAY",
                    help="test and save an exponential moving average of the weights; its decay is this, or "
                         "(1 + t) / (10 + t) at update t (from 0) while that is smaller (default: 0, off)")
+    g.add_argument("--awp", type=runs.number(0), default=0, metavar="GAMMA",
+                   help="adversarial weight perturbation: take the gradient at weights one step up the loss, "
+                        "each tensor moved by GAMMA of its norm; its authors use 0.01 for PGD-AT and 0.005 "
+                        "for TRADES; it costs one more pass forward and backward (default: 0, off)")
+    g.add_argument("--awp-warmup", type=runs.integer(0), default=0, metavar="EPOCHS",
+                   help="epochs before that starts; its authors use 0 for PGD-AT and 10 for TRADES")
     runs.add_flags(p)
     return p
 
@@ -79,7 +86,10 @@ def make_parser():
 def parse_args(argv=None):
     """The resolved setting of a command line; a flag without effect is refused with exit status 2."""
     p = make_parser()
-    return runs.resolve(p, p.parse_args(argv), "trades")
+    args = p.parse_args(argv)
+    if args.awp == 0:
+        runs.without_effect(p, args, "--awp 0", "awp_warmup")
+    return runs.resolve(p, args, "trades")
 
 
 def divergence(log_p, log_q):
@@ -129,12 +139,14 @@ def trades_loss(natural, adversarial, y, beta):
     return F.cross_entropy(natural, y) + beta * robust
 
 
-def train_step(model, forward, optimizer, x, x_adv, y, args):
+def train_step(model, forward, optimizer, x, x_adv, y, args, gamma=0):
     """One update. Returns the loss () and the logits (B, K) of the adversarial and of the natural images."""
+    moved = perturb_weights(model, lambda: trades_loss(forward(x), forward(x_adv), y, args.beta), gamma)
     natural, adversarial = forward(x), forward(x_adv)  # in this order: both move the running statistics
     loss = trades_loss(natural, adversarial, y, args.beta)
     optimizer.zero_grad()
     loss.backward()
+    restore_weights(moved)
     optimizer.step()
     return loss.detach(), adversarial.detach(), natural.detach()
 
@@ -142,6 +154,7 @@ def train_step(model, forward, optimizer, x, x_adv, y, args):
 def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch, average=None):
     """One pass over the training images (N, 32, 32, 3) uint8. Returns the epoch's part of its log line."""
     device, steps = images.device, math.ceil(len(labels) / args.batch_size)
+    gamma = args.awp if epoch >= args.awp_warmup else 0
     meter, generator = runs.Meter(device), seeded(device, args.seed, "data", epoch)
     stream = batches(images, labels, args.batch_size, generator, padding="zero", share=runs.share())
     model.train()
@@ -151,7 +164,7 @@ def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch, 
         for group in optimizer.param_groups:
             group["lr"] = lr
         x_adv = attack(x, eps, seeded(device, args.seed, "attack", epoch, step, runs.rank()))
-        loss, logits, clean_logits = train_step(model, forward, optimizer, x, x_adv, y, args)
+        loss, logits, clean_logits = train_step(model, forward, optimizer, x, x_adv, y, args, gamma)
         meter.add(loss, y, logits, clean_logits)
         runs.share_statistics(model)
         if average is not None:
@@ -176,6 +189,8 @@ def main():
     runs.check_folder(args, make_parser())
     data = runs.load(args, device)
     runs.check_split(args, len(data.train_labels) - args.val, device)
+    if args.awp and runs.world() > 1:
+        raise InputError("--awp takes one process: each of several would perturb the weights in its own way")
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):  # initialised on the CPU, so alike on every device
         model = models.build(args.model, data.num_classes, args.activation, NORMALIZE)

@@ -371,3 +371,30 @@ def update_average(average, model, decay):
     """
     for a, value in zip(average.state_dict().values(), model.state_dict().values()):
         a.lerp_(value, 1 - decay) if a.is_floating_point() else a.copy_(value)
+
+
+def perturb_weights(model, loss, gamma):
+    """Adversarial weight perturbation (Wu et al., 2020): move every layer's weights one step up the loss.
+
+    Every tensor w with more than one dimension becomes w + gamma |w| / |g| g, where g is its gradient of
+    loss(). Returns what restore_weights takes. loss() moves no running statistics: in the authors' code
+    (github.com/csdongxian/AWP) a copy of the model, in train mode, computes it. With gamma 0 nothing happens.
+    """
+    if gamma == 0:
+        return []
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    before = [(w, w.detach().clone()) for w in weights]
+    statistics = [(b, b.clone()) for b in model.buffers()]
+    gradients = torch.autograd.grad(loss(), weights)
+    with torch.no_grad():
+        for w, g in zip(weights, gradients):
+            w.add_(gamma * w.norm() / (g.norm() + 1e-20) * g)
+    restore_weights(statistics)
+    return before
+
+
+@torch.no_grad()
+def restore_weights(before):
+    """Put back, bit for bit, what perturb_weights has moved."""
+    for tensor, value in before:
+        tensor.copy_(value)

@@ -90,7 +90,7 @@ def weights(path):
     (train_trades, ("--device", "cuda", "--precision", "bf16", "--compile", "--bn-mode", "train")),
     (train_trades, ("--device", "cuda:0", "--bn-mode", "eval", "--optimizer", "adam")),
     (train_pgdat, ("--device", "cuda", "--compile", "--bn-mode", "eval", "--ema", 0.9)),
-    (train_trades, ("--device", "cuda", "--precision", "bf16", "--compile", "--ema", 0.9)),
+    (train_trades, ("--device", "cuda", "--precision", "bf16", "--compile", "--ema", 0.9, "--awp", 0.01)),
 ], ids=lambda v: v.__name__ if hasattr(v, "__name__") else "".join(map(str, v)))
 def test_training_and_evaluation(gpu, script, small_npz, tmp_path, module, flags):
     run = tmp_path / "run"
@@ -253,8 +253,9 @@ def test_nothing_is_compiled_after_the_first_batch_of_each_size(bn_mode, precisi
 
 
 @needs_gpu
+@pytest.mark.parametrize("gamma", [0, 0.01])
 @pytest.mark.parametrize("script", [train_pgdat, train_trades])
-def test_a_step_never_waits_for_the_device(script):
+def test_a_step_never_waits_for_the_device(script, gamma):
     args = script.parse_args(["--model", "tiny"])
     model = models.build("tiny",
                          normalize=script.NORMALIZE).cuda().to(memory_format=torch.channels_last).train()
@@ -266,7 +267,7 @@ def test_a_step_never_waits_for_the_device(script):
         try:
             noise = utils.seeded(x.device, i)
             x_adv = attack(x, y, args.eps, 0, noise) if script is train_pgdat else attack(x, args.eps, noise)
-            loss, logits, clean_logits = script.train_step(model, model, optimizer, x, x_adv, y, args)
+            loss, logits, clean_logits = script.train_step(model, model, optimizer, x, x_adv, y, args, gamma)
             meter.add(loss, y, logits, clean_logits)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -106,7 +106,7 @@ SWEEP = [(where, function, number, signal.SIGKILL)
 
 FLAGS = ("--bn-mode", "eval", "--optimizer", "sgd-gc", "--warmup-lr", 1, "--val", 10, "--early-stop-pgd", 1,
          2,
-         "--steps", 3, "--ema", 0.9)
+         "--steps", 3, "--ema", 0.9, "--awp", 0.01)
 
 
 def test_a_run_killed_at_any_moment_ends_bit_identical(train, small_npz, tmp_path):

@@ -164,6 +164,7 @@ def test_the_command_line_a_kill_and_one_process_to_go_on(small_npz, tmp_path):
     (5, ("--batch-size", 42), "5 processes cannot share a batch of 42 images"),
     (5, ("--batch-size", 40), "5 processes cannot share a batch of 16"),  # the last one of 96 images
     (2, ("--batch-size", 48, "--early-stop-pgd", 1, 2), "--early-stop-pgd takes one process"),
+    (2, ("--batch-size", 48, "--awp", 0.01), "--awp takes one process"),
 ])
 def test_what_several_processes_cannot_do(script, small_npz, tmp_path, monkeypatch, n, flags, problem):
     monkeypatch.setattr(runs, "world", lambda: n)
