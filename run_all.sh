@@ -1,17 +1,26 @@
 #!/usr/bin/env bash
 # The manifest: every row of the paper, and the exact command behind it.
 #
-#   ./run_all.sh list [PATTERN]     the rows:  id | clean/PGD-10/AA of the paper | command     (e.g. list 't2-*')
-#   ./run_all.sh print ROW...       the commands that `run` executes, to be pasted into a shell
-#   ./run_all.sh run ROW...         train and evaluate them, one after the other, in runs/ROW; again: goes on, or says it is done
-#   ./run_all.sh run all            all of them, but for the quickstarts, x-tiny and the authors' released checkpoints
-#                                   (a row that fails is named at the end; the others are run all the same)
-#   ./run_all.sh count              how many rows and distinct runs there are
-#   SLURM_ARRAY_TASK_ID=7 ./run_all.sh run        the seventh distinct run (sbatch --array=1-N, one row a GPU)
+#   ./run_all.sh list [PATTERN]       the rows:  id | clean/PGD-10/AA of the paper | command     (e.g. list 't2-*')
+#   ./run_all.sh print ROW...         the commands that `run` executes, to be pasted into a shell
+#   ./run_all.sh run ROW...           train and evaluate them, one after the other, in runs/ROW; again: goes on, or says it is done
+#   ./run_all.sh run ROW --dry-run    print the setting that the row resolves to, and exit
+#   ./run_all.sh run all              all of them, but for the quickstarts, x-tiny and the authors' released checkpoints
+#                                     (a row that fails is named at the end; the others are run all the same)
+#   ./run_all.sh cost ROW... [--precision bf16 --compile]   what they take on this machine, from a few steps of each
+#   ./run_all.sh ids [PATTERN...]     the distinct runs that the rows need, one a line; without a pattern: those of `run all`
+#   ./run_all.sh count                how many rows and distinct runs there are
 #
-# ROW@S is the row with seed S, in a folder of its own. A row `= other` is the same run as the other. A row is trained by
-# its command and evaluated on all test images; what follows a `;` is how it is evaluated instead. PYTHON names what runs the
-# scripts: an interpreter, or PYTHON="torchrun --nproc_per_node=8 --" for all of a machine's GPUs on one row.
+# All distinct runs of Table 2, one a GPU of a machine with eight; with GNU parallel instead; on Slurm (sbatch --array=1-N):
+#   ./run_all.sh ids 't2-*' | xargs -P 8 -n 1 --process-slot-var=CUDA_VISIBLE_DEVICES ./run_all.sh run
+#   ./run_all.sh ids 't2-*' | parallel -j 8 CUDA_VISIBLE_DEVICES='$(({%} - 1))' ./run_all.sh run {}
+#   SLURM_ARRAY_TASK_ID=7 ./run_all.sh run          the seventh distinct run
+#
+# ROW@S is the row with seed S, in a folder of its own; ROW may be a quoted pattern, 't2-*' or 't2-*@1': the distinct runs of
+# the rows that match. A row `= other` is the same run as the other. A row is trained by its command and evaluated on all test
+# images; what follows a `;` is how it is evaluated instead. PYTHON names what runs the scripts: an interpreter, or
+# PYTHON="torchrun --nproc_per_node=8 --" for all of a machine's GPUs on one row. Under torchrun every batch, an epoch's last
+# one too, has to split evenly, and rows with --early-stop-pgd take one process.
 
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -255,7 +264,39 @@ distinct() {
     rows | awk -F'|' '$3 !~ /^ *=/ && $1 !~ /^quickstart|^x-tiny|-released *$/ { gsub(/ /, "", $1); print $1 }'
 }
 
-# commands ROW[@SEED]: the command lines of a row, one a line.
+# matching PATTERN: the ids of the rows that match; one line of advice if there is none.
+matching() {
+    local id found=""
+    while IFS= read -r id; do
+        case $id in $1) echo "$id"; found=1 ;; esac
+    done < <(rows | awk '{ print $1 }')
+    [ -n "$found" ] || die "no row matches '$1'$(rows | awk -v q="'" -v p="${1%-}-" 'index($1, p) == 1 { print "; there are those of " q p "*" q; exit }')"
+}
+
+# runs_of PATTERN: the distinct runs that the matching rows need; `all`: those of all rows.
+runs_of() {
+    local ids id command
+    [ "$1" != all ] || { distinct; return; }
+    ids=$(matching "$1") || exit
+    for id in $ids; do
+        command=$(field "$id" 3)
+        case $command in "= "*) echo "${command#= }" ;; *) echo "$id" ;; esac
+    done | awk '!seen[$0]++'
+}
+
+# expand ROW...: the same rows, every pattern and `all` replaced by the runs that they need.
+expand() {
+    local row ids
+    for row in "$@"; do
+        case $row in
+            *[*?[]*@*) ids=$(runs_of "${row%@*}") || exit; printf "%s@${row##*@}\n" $ids ;;
+            *[*?[]* | all) runs_of "$row" ;;
+            *) echo "$row" ;;
+        esac
+    done
+}
+
+# commands ROW[@SEED]: the command lines of a row, one a line; with $dry_run that of the training script alone.
 commands() {
     local id=${1%@*} seed="" command
     case $1 in *@*) seed=${1##*@} ;; esac
@@ -268,12 +309,14 @@ commands() {
     case $command in "= "*) id=${command#= }; command=$(field "$id" 3) ;; esac
     local out=runs/$id${seed:+@$seed} train evaluate
     case $command in
-        eval_aa.py*) echo $python $command ${seed:+--seed $seed} --out "$out/result.json"; return ;;
+        eval_aa.py*)
+            [ -z "$dry_run" ] || die "$1 trains nothing: --dry-run has nothing to show"
+            echo $python $command ${seed:+--seed $seed} --out "$out/result.json"; return ;;
         *";"*) train=${command%%;*} evaluate=${command##*; eval_aa.py} ;;
         *) train=$command evaluate="" ;;
     esac
-    echo $python $train ${seed:+--seed $seed} --out "$out" --resume
-    echo $python eval_aa.py "$out" $evaluate
+    echo $python $train ${seed:+--seed $seed} --out "$out" --resume $dry_run
+    [ -n "$dry_run" ] || echo $python eval_aa.py "$out" $evaluate
 }
 
 # run ROW[@SEED]: executes its commands up to the first that fails. No command outlives this script: it ends with a Ctrl-C,
@@ -301,23 +344,39 @@ count() {
     echo "distinct runs $(distinct | wc -l | tr -d ' ')"
 }
 
-action=${1:-help}
+action=${1:-help} dry_run=""
 [ $# -gt 0 ] && shift
 case $action in
     list)
-        rows | while IFS= read -r row; do
-            id=${row%%|*}
-            case ${id// /} in ${1:-*}) echo "$row" ;; esac
-        done ;;
+        ids=$(matching "${1:-*}")
+        rows | awk -v ids="$ids" 'BEGIN { split(ids, all, "\n"); for (i in all) wanted[all[i]] } $1 in wanted' ;;
+    ids)
+        [ $# -gt 0 ] || set -- all
+        ids=$(for pattern in "$@"; do runs_of "$pattern"; done)
+        awk '!seen[$0]++' <<<"$ids" ;;
     count)
         count ;;
+    cost)
+        names=""
+        while [ $# -gt 0 ]; do
+            case $1 in -*) break ;; esac
+            names+=" $1"; shift
+        done
+        [ -n "$names" ] || die "cost of which row? ./run_all.sh list shows them"
+        set -f; ids=$(expand $names)
+        ${PYTHON:-python} -m tools.bench --row $ids "$@" ;;
     print | run)
         if [ $# -eq 0 ] && [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
             set -- "$(distinct | awk -v n="$SLURM_ARRAY_TASK_ID" 'NR == n')"
             [ -n "$1" ] || die "there is no run $SLURM_ARRAY_TASK_ID: they are 1 to $(distinct | wc -l | tr -d ' ')"
         fi
-        [ $# -gt 0 ] || die "$action which row? ./run_all.sh list shows them"
-        [ "$1" = all ] && set -- $(distinct)
+        names=()
+        for row in "$@"; do
+            if [ "$row" = --dry-run ]; then dry_run=$row; else names+=("$row"); fi
+        done
+        [ ${#names[@]} -gt 0 ] || die "$action which row? ./run_all.sh list shows them"
+        ids=$(expand "${names[@]}")
+        set -f; set -- $ids
         for row in "$@"; do commands "$row" >/dev/null; done  # all of them exist before the first is run
         failed=""
         for row in "$@"; do
@@ -327,5 +386,5 @@ case $action in
     help | -h | --help)
         sed -n '2,/^$/{s/^# \{0,1\}//;p;}' "$0" ;;
     *)
-        die "unknown action $action: there is list, print, run, count" ;;
+        die "unknown action $action: there is list, print, run, cost, ids, count" ;;
 esac

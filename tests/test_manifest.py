@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, spawn
@@ -118,7 +120,77 @@ def test_an_array_index_is_a_distinct_run(manifest):
     assert len(run_all("print", "all")[1].splitlines()) == 2 * len(distinct)
 
 
+def test_ids_are_the_distinct_runs_that_rows_need(manifest):
+    distinct = run_all("ids")[1].splitlines()
+    assert run_all("ids", "all")[1].splitlines() == distinct
+    assert len(distinct) == int(run_all("count")[1].split()[-1])
+    assert run_all("print", SLURM_ARRAY_TASK_ID="7") == run_all("print", distinct[6])
+    assert run_all("ids", "t4-r18-*", "t2-base")[1].split() == [
+        "t2-base", "t4-r18-ls0.1", "t4-r18-ls0.2", "t4-r18-ls0.3", "t4-r18-ls0.4"]
+    for pattern, n in (("t2-*", 10), ("t13-*", 10), ("quickstart*", 2)):
+        ids = run_all("ids", pattern)[1].splitlines()
+        assert len(ids) == len(set(ids)) == n and not any(manifest[row][1].startswith("=") for row in ids)
+
+
+def test_patterns():
+    """print, and so run, take them as list does, and leave out rows that are the same run."""
+    ids = run_all("ids", "t4-*")[1].split()
+    assert run_all("print", "t4-*") == run_all("print", *ids) != ""
+    assert run_all("print", "t4-*@2", "t2-base") == run_all("print", *(f"{i}@2" for i in ids), "t2-base")
+
+
+@pytest.mark.parametrize("action", ["list", "ids", "print", "run", "cost"])
+def test_a_pattern_that_matches_nothing(action):
+    assert run_all(action, "t99-*", PYTHON="false") == (2, "", "run_all.sh: error: no row matches 't99-*'\n")
+    if action in ("list", "ids"):
+        advice = "run_all.sh: error: no row matches 't2'; there are those of 't2-*'\n"
+        assert run_all(action, "t2") == (2, "", advice)
+
+
+def test_dry_run(python):
+    printed = "python train_pgdat.py --out runs/t2-base --resume --dry-run\n"
+    for argv in (("t2-base", "--dry-run"), ("--dry-run", "t2-base")):
+        assert run_all("print", *argv) == (0, printed, "")
+    out = run_all("run", "t4-r18-*", "--dry-run", PYTHON=python(STAND_IN), FAIL_ON="nothing")[1]
+    ran = [line for line in out.splitlines() if line.startswith("RAN")]
+    assert len(ran) == 5 and all(line.endswith("--dry-run") for line in ran)
+    status, out, err = run_all("print", "t13-eps8-wrn10-released", "--dry-run")
+    assert status == 2 and out == "" and "trains nothing" in err
+
+
+def test_cost_hands_rows_and_options_on(python):
+    argv = "t4-r18-*", "t2-base@1", "--precision", "fp32"
+    out = run_all("cost", *argv, PYTHON=python(STAND_IN), FAIL_ON="nothing")[1]
+    ids = "t2-base t4-r18-ls0.1 t4-r18-ls0.2 t4-r18-ls0.3 t4-r18-ls0.4 t2-base@1"
+    assert out == f"RAN -m tools.bench --row {ids} --precision fp32\n"
+
+
+ON_A_GPU = """#!/bin/sh
+sleep 0.3
+echo "$CUDA_VISIBLE_DEVICES" "$@" >> "$0.log"
+"""
+HEADER = (ROOT / "run_all.sh").read_text()
+
+
+@pytest.mark.parametrize("tool", ["xargs", "parallel"])
+def test_one_run_a_gpu(python, tool):
+    """The header's lines, with 3 GPUs: a run and its evaluation are on one of them, and all are used."""
+    if tool == "parallel" and not shutil.which("parallel"):
+        pytest.skip("GNU parallel is not installed")
+    line = next(line[1:].strip() for line in HEADER.splitlines() if f"| {tool} " in line)
+    python = python(ON_A_GPU)
+    done = spawn("bash", "-c", line.replace("-P 8", "-P 3").replace("-j 8", "-j 3"), PYTHON=python)
+    assert done.returncode == 0, done.stderr
+    logged = [line.split() for line in Path(f"{python}.log").read_text().splitlines()]
+    trained = {line[line.index("--out") + 1]: line[0] for line in logged if "--out" in line}
+    evaluated = {line[2]: line[0] for line in logged if line[1] == "eval_aa.py"}
+    assert trained == evaluated  # a row stays on its GPU
+    assert set(trained) == {f"runs/{row}" for row in run_all("ids", "t2-*")[1].split()}
+    assert set(trained.values()) == {"0", "1", "2"}
+
+
 @pytest.mark.parametrize("argv, message", [
+    (("cost",), "cost of which row?"),
     (("run", "t2-early"), "no row t2-early; there is t2-early-stop-40-70 t2-early-stop-40-100"),
     (("run", "t2-base", "t99"), "no row t99"),
     (("run", "t2-base@one"), "the seed of t2-base@one is not a number"),
