@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -51,6 +52,12 @@ def run(folder, rows):
     return write
 
 
+def lines_of(text):
+    """The lines of a table's rows, and the lines below it."""
+    table, _, below = text.strip().partition("\n\n")
+    return table.splitlines()[2:], below.splitlines()
+
+
 def cells(rows, table, row):
     """The cells of a row's line in a table, by column name."""
     text = report.table([r for r in rows.values() if r.id.startswith(table)])
@@ -70,11 +77,35 @@ def test_cell(values, paper, noise, text):
 
 def test_table_8_has_18_rows_with_the_papers_figures_when_nothing_has_been_run(script, folder):
     status, out, err = script(report, "t8")
-    header, _, *lines = out.splitlines()
+    lines, below = lines_of(out)
     assert status == 0 and err == "" and len(lines) == 18
-    assert header == "| row | model | activation | wd | ls | bn mode | Clean | PGD-10 | AA |"
+    columns = "row | model | activation | wd | ls | bn mode | Clean | PGD-10 | AA | replicated by others"
+    assert out.splitlines()[0] == f"| {columns} |"
     setting = "t8-wrn20-wd5e-4-softplus-bneval-ls0.2 | WRN-34-20 | softplus | 0.0005 | 0.2 | eval"
-    assert lines[-1] == f"| {setting} | (87.58) | (57.19) | (53.26) |"
+    assert lines[-1] == f"| {setting} | (87.58) | (57.19) | (53.26) |  |"
+    assert below == [
+        "In parentheses: the paper's figure, and ours less the paper's; "
+        "bold beyond seed noise (0.5; AA 0.3).",
+        "[1] Rice et al. (2020), their logs; 200 epochs, decay at 100 and 150; "
+        "https://github.com/locuslab/robust_overfitting"]
+
+
+def test_replicated_by_others(rows, folder):
+    """Each figure stands at its row and at those that are the same run; of rows that are not there, none."""
+    def cell(row):
+        return cells(rows, row.partition("-")[0], row).get("replicated by others")
+
+    assert cell("t8-wrn20-wd5e-4-relu-bntrain") == "85.34 / 58.16 / 53.42 [1]"
+    assert cell("t8-wrn20-wd5e-4-relu-bneval") == "" and cell("t9-eps8-wrn10-wd5e-4-relu-bneval") is None
+    assert cell("t4-wrn10-ls0") == "86.07 / 56.80 / - [2]"  # `= t8-wrn10-wd5e-4-relu-bntrain`
+    later = {"x-r18-awp", "x-trades-r18-awp", "x-r18-ema"}
+    for row, entries in report.replications().items():
+        assert row in {*rows, *later} and (row in later or rows[row].run == row)
+        for entry in entries:
+            figures = [entry.pop(m) for m in report.METRICS if m in entry]
+            assert figures and all(40 < v < 90 for v in figures)
+            assert entry.keys() == {"who", "differs", "link"}
+            assert entry["link"].startswith("https://github.com/")
 
 
 def test_runs_seeds_and_rows_that_are_the_same_run(run, rows, capsys):
@@ -95,8 +126,8 @@ def test_table_7_has_the_papers_difference_rows(run, script):
     run("t2-base", 82.0, 53.0, 48.0)
     run("t7-r18-bneval", 83.5, 53.2, 48.6)
     lines = [re.sub(" +", " ", line) for line in script(report, "t7")[1].splitlines()]
-    assert lines[4] == "| eval - train | | | +1.50 (+0.96) | +0.20 (+0.06) | +0.60 (+0.24) |"
-    assert lines[7].endswith("| (+1.91) | (-0.11) | (+0.23) |")
+    assert lines[4] == "| eval - train | | | +1.50 (+0.96) | +0.20 (+0.06) | +0.60 (+0.24) | |"
+    assert lines[7].endswith("| (+1.91) | (-0.11) | (+0.23) | |")
 
 
 def test_a_row_judged_by_the_last_checkpoint(run, rows):
@@ -108,13 +139,14 @@ def test_a_row_judged_by_the_last_checkpoint(run, rows):
 def test_a_table_may_mix_the_scripts(run, rows):
     run("t12-r18-wd5e-4-relu-bneval", 81.0, 53.0, 49.0)
     mixed = ("x-r18-bntrain-clean0", "t12-r18-wd5e-4-relu-bneval", "t13-eps8-wrn10-released")
-    header, _, *lines = report.table([rows[r] for r in mixed]).splitlines()
-    assert header == "| row | script | bn mode | Clean | PGD-10 | AA |"
-    assert lines == [
-        "| x-r18-bntrain-clean0 | train_pgdat.py | train |  |  |  |",
-        "| t12-r18-wd5e-4-relu-bneval | train_trades.py | eval "
-        "| 81.00 (81.45, -0.45) | 53.00 (53.51, **-0.51**) | 49.00 (49.06, -0.06) |",
-        "| t13-eps8-wrn10-released | - | - | (85.48) |  | (53.80) |"]
+    text = report.table([rows[r] for r in mixed])
+    assert text.startswith("| row | script | model | bn mode | Clean | PGD-10 | AA |")
+    assert lines_of(text)[0] == [
+        "| x-r18-bntrain-clean0 | train_pgdat.py | ResNet-18 | train |  |  |  |  |",
+        "| t12-r18-wd5e-4-relu-bneval | train_trades.py | ResNet-18 | eval "
+        "| 81.00 (81.45, -0.45) | 53.00 (53.51, **-0.51**) | 49.00 (49.06, -0.06) "
+        "| 82.40 / 53.00 / 49.54 [1] |",
+        "| t13-eps8-wrn10-released | - | WRN-34-10 | - | (85.48) |  | (53.80) |  |"]
 
 
 def test_partial_and_deviating_runs_do_not_count(run, rows, capsys):
@@ -127,10 +159,33 @@ def test_partial_and_deviating_runs_do_not_count(run, rows, capsys):
     warning = "t2-warmup-lr-15 is not row t2-warmup-lr-15 (--ls was 0.1, is 0): skipped"
     assert warning in capsys.readouterr().err
     run("t2-early-stop-40-70", epochs=7)
-    text = report.status(rows)
-    assert re.search(r"^partial +2 +t2-base, t2-warmup-lr-10$", text, re.M)
-    assert re.search(r"^running +1 +t2-early-stop-40-70 \(7 of 110 epochs\)$", text, re.M)
-    assert "GPU-hours 1.10" in text      # 110 x 36 s, and 10.8 s of evaluation
+    run("t5-adam", 83.0, 48.0, 44.0)
+    run("t5-adam@1", 83.0, 48.0, 44.0)
+    lines = [re.sub(" +", " ", line) for line in report.status(rows).splitlines()]
+    assert lines[1] == ("t2 1 done 1 running 2 partial 6 missing done: t2-warmup-lr-20; running: "
+                        "t2-early-stop-40-70 (7 of 110 epochs); partial: t2-base, t2-warmup-lr-10")
+    assert lines[4] == "t5 1 done 0 running 0 partial 4 missing done: t5-adam (2 seeds)"
+    assert lines[-2] == "GPU-hours 1.10"      # 110 x 36 s, and 10.8 s of evaluation
+    assert warning in capsys.readouterr().err and max(map(len, lines)) < 200
+
+
+def test_status_where_there_is_nothing(script, folder):
+    status, out, err = script(report)
+    assert status == 0 and err == ""
+    assert out.startswith("There are no runs/ and no results/ here.\nquickstart ")
+    Path("results").mkdir()
+    assert script(report)[1].startswith("quickstart ")
+
+
+def test_one_seed_counts_once(run, rows, capsys):
+    for name, clean in (("t2-base", 82.0), ("t2-base@0", 82.0), ("t2-base@00", 82.0), ("t2-base@1", 83.0)):
+        run(name, clean, 53.0, 48.0)
+    assert cells(rows, "t2", "t2-base")["Clean"] == "82.50 ± 0.71 (82.52, -0.02)"
+    err = capsys.readouterr().err
+    assert err == "".join(f"warning: runs/t2-base@{s} is the same seed as runs/t2-base: skipped\n"
+                          for s in ("0", "00"))
+    run("t2-base@01", 83.0, 53.0, 48.0, root="results")  # the collected copy of another name
+    assert cells(rows, "t2", "t2-base")["Clean"].startswith("82.50 ± 0.71")
 
 
 def test_a_run_from_before_a_flag_existed_has_the_flags_default(run, rows, script):
@@ -164,10 +219,48 @@ def test_results_serve_where_runs_are_gone(run, rows):
 
 def test_collect_copies_what_is_whole(run, script):
     path = run("t2-base@3", 82.0, 53.0, 48.0)
-    (path / "best.pt").write_text("weights")
+    for name in ("best.pt", "result.npz"):
+        (path / name).write_text(name)
     assert script(report, "collect", path)[0] == 0
     copied = {p.name: p.read_text() for p in Path("results/t2-base@3").iterdir()}
-    assert copied == {f: (path / f).read_text() for f in ("args.json", "log.jsonl", "result.json")}
+    names = ("args.json", "log.jsonl", "result.json", "result.npz")
+    assert copied == {f: (path / f).read_text() for f in names}
+
+
+def test_collect_overwrites_only_what_is_the_same(run, script):
+    path = run("t2-base", 82.0, 53.0, 48.0)
+    kept = Path("results/t2-base/result.json")
+    for _ in range(2):
+        assert script(report, "collect", path)[0] == 0
+    other = kept.read_text().replace("82.0", "81.0")
+    kept.write_text(other)
+    problem = "results/t2-base holds another result.json: --force overwrites"
+    assert script(report, "collect", path) == (2, "", f"report.py: error: {problem}\n")
+    assert kept.read_text() == other
+    assert script(report, "collect", path, "--force")[0] == 0 and kept.read_text() != other
+
+
+def test_agreement(run, script):
+    """Four images, which both, only the first, only the second or neither of two runs withstand."""
+    a, b = (run(name, 82.0, 53.0, 48.0) for name in ("t2-base", "t2-base@1"))
+    flags = {"clean": [1, 1, 1, 1], "pgd10": [1, 1, 0, 1], "apgd-ce": [1, 1, 0, 1], "square": [1, 0, 0, 0]}
+    flags = {k: np.array(v, dtype=bool) for k, v in flags.items()}
+    np.savez(a / "result.npz", **flags)
+    np.savez(b / "result.npz", **{**flags, "clean": ~flags["clean"], "square": flags["square"][::-1]})
+    status, out, err = script(report, "agreement", a, b)
+    lines, below = lines_of(out)
+    assert status == 0 and err == "" and below == ["4 images."]
+    assert out.startswith("| % of the images | both right | only t2-base | only t2-base@1 | neither |")
+    assert lines == ["| Clean | 0.00 | 100.00 | 0.00 | 0.00 |", "| PGD-10 | 75.00 | 0.00 | 0.00 | 25.00 |",
+                     "| AA | 0.00 | 25.00 | 25.00 | 50.00 |"]
+    np.savez(b / "result.npz", **{k: v for k, v in flags.items() if k != "square"})
+    assert lines_of(script(report, "agreement", a, b)[1])[0][2] == "| apgd-ce | 75.00 | 0.00 | 0.00 | 25.00 |"
+    np.savez(b / "result.npz", **{k: v[:3] for k, v in flags.items()})
+    for spoil, problem in ((lambda f: None, "were not evaluated on the same images (clean)"),
+                           (lambda f: f.write_text("npz"), "is malformed"), (Path.unlink, "no such file")):
+        spoil(b / "result.npz")
+        status, out, err = script(report, "agreement", a, b)
+        assert status == 2 and problem in err and out == "" and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name, changes, problem, deviations", [
@@ -188,8 +281,17 @@ def test_every_table_of_the_manifest_is_printed(rows, script, folder):
     for table in "t2 t3 t4 t5 t6 t7 t8 t9 t12 t13 s1 x".split():
         status, out, err = script(report, table)
         n = sum(r.startswith(table + "-") for r in rows) + 6 * (table == "t7")  # with its difference rows
-        assert status == 0 and err == "" and len(out.splitlines()) == 2 + n
-    assert script(report, "t13")[1].splitlines()[0] == "| row | model | eps | Clean | PGD-10 | AA |"
+        assert status == 0 and err == "" and len(lines_of(out)[0]) == n
+    out = script(report, "t13")[1]
+    assert out.startswith("| row | model | eps | Clean | PGD-10 | AA |")
+    assert "| t13-zhang2019b-released | WRN-34-10 | 0.031 | (84.92) |" in out
+
+
+def test_a_setting_without_effect_is_not_shown(rows, folder):
+    decays = {row: cells(rows, "s1", row)["lr decay epochs"] for row in rows if row.startswith("s1-")}
+    assert {row for row, epochs in decays.items() if epochs == "-"} == {
+        "s1-carmon2019", "s1-wong2020", "s1-huang2020"}
+    assert decays["s1-rice2020"] == "100/150"
 
 
 def test_robustbench_entry(run, script):
@@ -197,6 +299,8 @@ def test_robustbench_entry(run, script):
     assert status == 0 and json.loads(out).items() >= {
         "architecture": "WRN-34-10", "eps": "8/255", "dataset": "cifar10", "clean_acc": "87.38",
         "reported": "51.90", "autoattack_acc": "51.90", "unreliable": False}.items()
+    out = script(report, "robustbench", run("t7-r18-bneval", 83.5, 53.6, 48.7))[1]
+    assert json.loads(out)["architecture"] == "PreActResNet-18"
     status, _, err = script(report, "robustbench", run("t2-base", 82.0, 53.0, 48.0, n=1000))
     assert status == 2 and "not evaluated by AutoAttack (standard) on all test images" in err
 
@@ -225,7 +329,8 @@ def legend(ax):
 
 
 def test_figure_1(run, rows):
-    run("t2-base", 81.0, 54.0, 48.0)
+    run("t2-base", 80.0, 53.0, 48.0)
+    run("t2-base@1", 82.0, 55.0, 48.0)
     run("f1a-r18-wd1e-4", 80.0, 50.0, 45.0)
     run("t8-wrn10-wd1e-4-relu-bntrain", 86.0, 49.0, 46.0)
     sweep, curves = report.draw("f1", [], rows, None).axes
@@ -238,6 +343,11 @@ def test_figure_1(run, rows):
     hollow, ours = drawn(curves)
     assert [*map(len, ours)] == [110, 1, 110, 1] and len(hollow) == 3 * 2
     assert legend(curves) == ["f1b-wd1e-4", "f1b-wd2e-4 (not run)", "f1b-wd5e-4 (not run)", *STYLES]
+    run("t8-wrn10-wd1e-4-relu-bntrain@1", 88.0, 51.0, 46.0)
+    sweep, curves = report.draw("f1", [], rows, None).axes
+    assert drawn(sweep)[1][2:] == [[(1e-4, 87.0)], [(1e-4, 50.0)]]                      # the seeds' mean
+    assert [line.get_alpha() for line in curves.lines if len(line.get_xdata()) == 110] == [1, 1, 0.3, 0.3]
+    assert legend(curves)[-1] == "other seeds"
 
 
 def test_figure_2(run, rows):
@@ -261,9 +371,18 @@ def test_figures_3_and_4(run, rows):
     assert clean == [(e + 1, 50 + e % 40) for e in range(110)] and star == [(40, 89)]
     assert robust == [(e + 1, 20 + e % 40) for e in range(110)] and star_robust == [(40, 59)]
     assert drawn(ax)[0] == [[(110, 86.07)], [(110, 56.60)]] and ax.get_xlim() == (0, 113.3)
+    run("f4-wd1e-4", 95.0, 0.0, None)
     ax, = report.draw("f4", [], rows, None).axes
-    assert drawn(ax) == ([], [])
-    assert legend(ax) == [f"f4-wd{wd} (not run)" for wd in ("1e-4", "2e-4", "5e-4")] + STYLES[:3]
+    assert len(drawn(ax)[1]) == 4 and not drawn(ax)[0]
+    assert legend(ax) == ["f4-wd1e-4", *(f"f4-wd{wd} (not run)" for wd in ("2e-4", "5e-4"))] + STYLES[:3]
+
+
+def test_figures_of_which_nothing_has_been_run(folder, script):
+    assert script(report, "f3") == (0, "figures/f3.png, figures/f3.pdf\n",
+                                    "f3: nothing has been run: only the paper's figures are drawn\n")
+    problem = "f4: nothing has been run, and the paper prints no figures"
+    assert script(report, "f4") == (2, "", f"report.py: error: {problem}\n")
+    assert not Path("figures/f4.png").exists()
 
 
 def test_curves_and_comparison(run, rows):
@@ -283,6 +402,7 @@ def test_curves_and_comparison(run, rows):
 
 def test_pictures_have_the_name_that_was_asked_for(run, script, folder):
     path = run("quickstart", 41.0, 28.0, 25.0)
+    run("f3-wd1e-4", 86.0, 56.0, 52.0)
     for argv, stem in ((["f3"], "figures/f3"), (["curves", path], "figures/curves-quickstart"),
                        (["f3", "--out", "a/b.c"], "a/b.c"), (["f3", "--out", "d.png"], "d")):
         assert script(report, *argv) == (0, f"{stem}.png, {stem}.pdf\n", "")
@@ -317,6 +437,7 @@ def test_the_best_epoch_is_that_of_best_pt():
 @pytest.mark.parametrize("argv, problem", [
     (["t99"], "no table, figure or command"), (["collect"], "takes one RUN or more"),
     (["t2", "x"], "takes no RUN"), (["attack", "a", "b"], "takes one RUN"),
+    (["agreement", "a"], "takes two RUNs"), (["agreement", "a", "b", "c"], "takes two RUNs"),
     (["deviations", "nowhere"], "holds no run"), (["curves", "nowhere"], "holds no log"),
     (["attack", "nowhere"], "no such file"),
 ])
@@ -325,6 +446,8 @@ def test_bad_arguments(script, folder, argv, problem):
     assert status == 2 and problem in err and len(err.splitlines()) == 1
 
 
-def test_the_readme_is_up_to_date(rows):
+def test_the_readme_is_up_to_date(rows, script):
     """If not: python -m tools.report readme."""
-    assert report.renew_readme(rows) == (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
+    assert report.renew_readme(rows) == text
+    assert script(report, "readme") == (0, "", "") and (ROOT / "README.md").read_text() == text

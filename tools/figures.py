@@ -39,33 +39,43 @@ def subplots(columns, width, height=3.2, rows=1):
 def draw_curves(ax, curves):
     """Clean (dashed) and PGD-10 accuracy (solid) by epoch, the best epoch starred.
 
-    curves: [(name, log or [], the paper's figures, epochs)]. The paper's are of its best epoch, and stand at
-    the end.
+    curves: [(name, [a seed's log], the paper's figures, epochs)]. The paper's are of its best epoch, and
+    stand at the end. Seeds after the first are faint.
     """
-    for (name, log, paper, epochs), colour in zip(curves, COLOURS * len(curves)):
-        best, split = best_epoch(log)
-        ax.plot([], [], color=colour, linewidth=4, label=name if log else f"{name} (not run)")
-        for metric, line in (("clean", "--"), ("pgd10", "-")):
-            key = f"{split}_{metric}"
-            points = [(e["epoch"], e[key]) for e in log if e.get(key) is not None]
-            if points:
-                ax.plot(*zip(*points), line, color=colour)
-                ax.plot(best["epoch"], best[key], "*", color=colour, markersize=9)
+    for (name, logs, paper, epochs), colour in zip(curves, COLOURS * len(curves)):
+        ax.plot([], [], color=colour, linewidth=4, label=name if logs else f"{name} (not run)")
+        for i, log in enumerate(logs):
+            draw_curve(ax, log, {"color": colour, "alpha": 0.3 if i else 1})
+        for metric in ("clean", "pgd10"):
             if paper[metric] is not None:
                 ax.plot(epochs, paper[metric], "o", color=colour, markerfacecolor="none", clip_on=False)
-    explain_styles(ax, with_paper=any(any(paper.values()) for _, _, paper, _ in curves))
+    explain_styles(ax, with_paper=any(any(paper.values()) for _, _, paper, _ in curves),
+                   with_seeds=any(len(logs) > 1 for _, logs, *_ in curves))
     ax.set(xlabel="epoch", ylabel="accuracy (%)", xlim=(0, 1.03 * max((c[3] for c in curves), default=1)))
-    if not any(log for _, log, *_ in curves):
+    if not any(logs for _, logs, *_ in curves):
         ax.set_ylim(0, 100)
     ax.legend()
 
 
-def explain_styles(ax, with_paper):
+def draw_curve(ax, log, style):
+    """One run's clean and PGD-10 accuracy by epoch."""
+    best, split = best_epoch(log)
+    for metric, line in (("clean", "--"), ("pgd10", "-")):
+        key = f"{split}_{metric}"
+        points = [(e["epoch"], e[key]) for e in log if e.get(key) is not None]
+        if points:
+            ax.plot(*zip(*points), line, **style)
+            ax.plot(best["epoch"], best[key], "*", markersize=9, **style)
+
+
+def explain_styles(ax, with_paper, with_seeds):
     """Add to the legend of draw_curves what lines and markers mean."""
     for style, label in (("k--", "clean"), ("k-", "PGD-10"), ("k*", "best epoch")):
         ax.plot([], [], style, label=label)
     if with_paper:
         ax.plot([], [], "ko", markerfacecolor="none", label="the paper's best")
+    if with_seeds:
+        ax.plot([], [], "k-", alpha=0.3, label="other seeds")
 
 
 def draw_weight_decay(ax, series):
@@ -147,7 +157,7 @@ def draw_attack(axes, x, x_adv, eps, before, after):
 
 
 def draw_figure(name, rows):
-    """Figure 1 to 4 of the paper ("f1" ...). rows: [(report.Row, log or [], the judged result or {})]."""
+    """Figure 1 to 4 of the paper ("f1" ...). rows: [(report.Row, [a seed's log], the seeds' mean or {})]."""
     fig, axes = subplots(1 + (name == "f1"), 9 if name == "f1" else 5, 4 if name == "f2" else 3.2)
     if name == "f1":
         series = {NAMES[m]: [] for m in ("preactresnet-18", "wrn-34-10")}
@@ -159,6 +169,6 @@ def draw_figure(name, rows):
         architectures = [(row.setting["model"], ours, row.paper) for row, _, ours in rows]
         draw_architectures(axes[0][0], [(NAMES[m], TABLE_11[m], *figures) for m, *figures in architectures])
     else:
-        curves = [(row.id, log, row.paper, row.setting["epochs"]) for row, log, _ in rows]
+        curves = [(row.id, logs, row.paper, row.setting["epochs"]) for row, logs, _ in rows]
         draw_curves(axes[0][-1], [c for c in curves if not c[0].startswith("f1a")])
     return fig

@@ -6,6 +6,7 @@
     python -m tools.report curves RUN...      learning curves, best epochs marked
     python -m tools.report compare RUN...     clean and PGD-10 accuracy of rows, seeds side by side
     python -m tools.report attack RUN         test images, adversarial versions, perturbations, predictions
+    python -m tools.report agreement RUN RUN  how many images both withstand, only one of them, neither
     python -m tools.report deviations RUN     how its setting differs from the row that its folder names
     python -m tools.report collect RUN...     copy complete runs, without weights, to results/
     python -m tools.report robustbench RUN    the model-info JSON of a RobustBench entry
@@ -19,8 +20,11 @@ import json
 import statistics
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 import eval_aa
 import runs
@@ -33,8 +37,12 @@ SCRIPTS = {"train_pgdat.py": train_pgdat, "train_trades.py": train_trades}
 NOISE = {"clean": 0.5, "pgd10": 0.5, "aa": 0.3}  # between seeds; larger differences from the paper are bold
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 BEGIN, END = "<!-- measured, by tools.report readme -->", "<!-- end of measured -->"
+LEGEND = ("In parentheses: the paper's figure, and ours less the paper's; bold beyond seed noise "
+          f"({NOISE['clean']}; AA {NOISE['aa']}).")
 TAKES = {"status": 0, "readme": 0, "f1": 0, "f2": 0, "f3": 0, "f4": 0, "attack": 1, "deviations": 1,
-         "robustbench": 1, "curves": 99, "compare": 99, "collect": 99}  # at most so many RUNs
+         "robustbench": 1, "agreement": 2, "curves": 99, "compare": 99, "collect": 99}  # at most so many RUNs
+ROOTS = ("runs", "results")  # of runs, here
+COLLECTED = ("args.json", "log.jsonl", "result.json", "result.npz", "result_last.json", "result_last.npz")
 
 
 # ---- Reading -----------------------------------------------------------------------------------------------
@@ -45,7 +53,7 @@ class Row(NamedTuple):
 
     paper: {"clean": 82.52, "pgd10": 53.58, "aa": None}. run: the row that it is the same run as, often
     itself. setting: the script and what its flags resolve to, or {} if a checkpoint is only evaluated.
-    evaluation: eval_aa.py's arguments.
+    evaluation: eval_aa.py's arguments. table: "t2", of "t2-base"; "released" and "quickstart" are two.
     """
 
     id: str
@@ -53,6 +61,17 @@ class Row(NamedTuple):
     run: str
     setting: dict
     evaluation: object
+
+    @property
+    def table(self):
+        return "released" if self.id.endswith("-released") else self.id.partition("-")[0]
+
+    def shown(self):
+        """The setting that a table shows: nothing that has no effect; of a released checkpoint model, eps."""
+        if not self.setting:
+            return {k: getattr(self.evaluation, k) for k in ("model", "eps")}
+        piecewise = self.setting["lr_schedule"] == "piecewise"
+        return self.setting | ({} if piecewise else {"lr_decay_epochs": None, "lr_decay_factor": None})
 
 
 class Run(NamedTuple):
@@ -66,9 +85,10 @@ class Run(NamedTuple):
 
 
 def row_and_seed(folder):
-    """What a folder's name claims: (row, seed or ""); ("", "") if the seed is no number."""
+    """What a folder's name claims: (row, seed), t2-base being t2-base@0; ("", None) if the seed is no number.
+    """
     row, _, seed = Path(folder).absolute().name.partition("@")
-    return (row, seed) if (seed or "0").isdigit() else ("", "")
+    return (row, int(seed or 0)) if (seed or "0").isdecimal() else ("", None)
 
 
 def manifest():
@@ -81,9 +101,11 @@ def manifest():
         run = command[2:] if command.startswith("= ") else row
         train, _, evaluation = commands[run].partition(";")
         script, *argv = train.split()
-        setting = {"script": script, **vars(SCRIPTS[script].parse_args(argv))} if script in SCRIPTS else {}
+        trains = script in SCRIPTS
+        setting = {"script": script, **vars(SCRIPTS[script].parse_args(argv))} if trains else {}
+        asked = eval_aa.parse_args(["-", *evaluation.split()[1:]] if trains else argv)
         figures = {m: None if v == "-" else float(v) for m, v in zip(METRICS, paper.split("/"))}
-        rows[row] = Row(row, figures, run, setting, eval_aa.parse_args(["-", *evaluation.split()[1:]]))
+        rows[row] = Row(row, figures, run, setting, asked)
     return rows
 
 
@@ -92,7 +114,7 @@ def read(path, form):
     try:
         return runs.read_json(path, form) if path.exists() else None
     except InputError:
-        print(f"warning: {path} is malformed: skipped", file=sys.stderr)
+        warn(f"{path} is malformed: skipped")
 
 
 def read_run(folder):
@@ -104,15 +126,34 @@ def read_run(folder):
     return Run(folder, record, log or [], best, last) if record or best or last else None
 
 
-def find_runs(row, roots=("runs", "results")):
-    """{seed: Run} of a row ("": the row's own), from the first of the roots that holds a result of it."""
+def find_runs(row, roots=ROOTS, warns=True):
+    """{seed: Run} of a row, from the first of the roots that holds a result of it.
+
+    Folders of one root that name the same seed (t2-base, t2-base@0) are one run: all but the first are
+    skipped with a warning.
+    """
     found = {}
-    for folder in (f for root in roots for f in sorted(Path(root).glob(f"{row.run}*"))):
-        name, seed = row_and_seed(folder)
-        done = seed in found and (found[seed].best or found[seed].last)
-        if name == row.run and not done and (run := read_run(folder)):
-            found[seed] = run
+    for root in roots:
+        here = {}
+        for folder in sorted(Path(root).glob(f"{row.run}*")):
+            name, seed = row_and_seed(folder)
+            if name != row.run or not (run := read_run(folder)):
+                continue
+            if seed in here and warns:
+                warn(f"{folder} is the same seed as {here[seed].folder}: skipped")
+            here.setdefault(seed, run)
+        done = {seed for seed, run in found.items() if run.best or run.last}
+        found |= {seed: run for seed, run in here.items() if seed not in done}
     return found
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def replications():
+    """{row: [{"who", "link", "differs", and figures}]}: what others have published for a row's setting."""
+    return json.loads((Path(__file__).parent / "replicated.json").read_text())
 
 
 def claimed(folder, rows):
@@ -135,7 +176,7 @@ def deviations(run, row):
     if run.record is None:
         return ["it has no args.json that can be read"]
     _, seed = row_and_seed(run.folder)
-    want = row.setting | ({"seed": int(seed)} if seed else {})
+    want = row.setting | ({"seed": seed} if seed else {})
     got = {"script": run.record["command"][0], **run.record["args"]}
     got |= {k: want[k] for k in ("precision", "compile")}  # how it was computed, not what
     want, got = ({**s, "data": Path(s["dataset"]).name} for s in (want, got))
@@ -160,7 +201,7 @@ def valid_runs(row):
     valid = []
     for run in find_runs(row).values():
         if differ := "; ".join(deviations(run, row)):
-            print(f"warning: {run.folder} is not row {row.run} ({differ}): skipped", file=sys.stderr)
+            warn(f"{run.folder} is not row {row.run} ({differ}): skipped")
         else:
             valid.append(run)
     return valid
@@ -191,6 +232,40 @@ def difference_cell(train, eval):
     return f"{ours}({paper_b - paper_a:+.2f})"
 
 
+def mean_result(results):
+    """{metric: its mean over the results that have it}."""
+    known = {m: [r[m] for r in results if r[m] is not None] for m in METRICS}
+    return {m: statistics.mean(values) for m, values in known.items() if values}
+
+
+def read_flags(folder):
+    """{"clean", "pgd10", an attack's name ...: (N,) bool} of a run's result.npz."""
+    path = Path(folder) / "result.npz"
+    try:
+        with np.load(path, allow_pickle=False) as npz:
+            return dict(npz)
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path} (eval_aa.py writes it)") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+        raise InputError(f"{path} is malformed") from None
+
+
+def agreement(folders):
+    """Which share of the test images two runs both withstand, only the first, only the second, neither."""
+    a, b = map(read_flags, folders)
+    whole = [attack for attack in eval_aa.STANDARD if attack in a and attack in b][-1:]
+    lines = []
+    for name in ("clean", "pgd10", *whole):
+        if not (name in a and name in b and len(a[name]) == len(b[name])):
+            raise InputError(f"{folders[0]} and {folders[1]} were not evaluated on the same images ({name})")
+        shares = a[name] & b[name], a[name] & ~b[name], ~a[name] & b[name], ~a[name] & ~b[name]
+        title = METRICS.get("aa" if name == eval_aa.STANDARD[-1] else name, name)
+        lines.append([title, *(f"{100 * share.mean():.2f}" for share in shares)])
+    names = [Path(folder).absolute().name for folder in folders]
+    header = ["% of the images", "both right", *(f"only {name}" for name in names), "neither"]
+    return f"{markdown(header, lines)}\n\n{len(a['clean']):,} images."
+
+
 def hours(run):
     """Hours of training and evaluation."""
     seconds = [entry["seconds"] for entry in run.log]
@@ -213,7 +288,21 @@ def setting_text(key, value):
         return "-"
     if key == "eps":
         return runs.fraction_text(value)
+    if isinstance(value, float):
+        return f"{value:g}"
     return "/".join(f"{v:g}" for v in value) if isinstance(value, list) else str(NAMES.get(value, value))
+
+
+def replication_cell(row, notes):
+    """What others have published for a row's setting: `84.15 / - / 48.72 [1]`; [1] is the first of notes."""
+    cells = []
+    for entry in replications().get(row.run, []):
+        note = "; ".join(entry[k] for k in ("who", "differs", "link") if entry.get(k))
+        if note not in notes:
+            notes.append(note)
+        figures = " / ".join(f"{entry[m]:.2f}" if m in entry else "-" for m in METRICS)
+        cells.append(f"{figures} [{notes.index(note) + 1}]")
+    return ", ".join(cells)
 
 
 def table(rows):
@@ -222,48 +311,68 @@ def table(rows):
         return [r[metric] for r in results if r[metric] is not None]
 
     # A row that lacks a setting (of another script) does not make it differ.
-    settings = {k: {str(row.setting.get(k, v)) for row in rows} for r in rows for k, v in r.setting.items()}
+    shown, figures = {row.id: row.shown() for row in rows}, {}
+    known = {k: v for s in shown.values() for k, v in s.items()}
+    settings = {k: {str(s.get(k, v)) for s in shown.values()} for k, v in known.items()}
     keys = [k for k, different in settings.items() if len(different) > 1 and k not in ("out", "alpha")]
     header = ["row", *(k.replace("_", " ") for k in keys), *METRICS.values()]
-    lines, others, shown = [], [], {}
+    lines, others, replicated, notes = [], [], [], []
     for row in rows:
         found = [run for run in valid_runs(row) if judged(run, row)]
         ours = judged_results(found, row)
         other = [r for run in found for r in (run.best, run.last) if whole(r, row) and r not in ours]
-        shown[row.id] = [(values(ours, m), row.paper[m]) for m in METRICS]
-        cells = [cell(*figures, NOISE[m]) for m, figures in zip(METRICS, shown[row.id])]
-        lines.append([row.id, *(setting_text(k, row.setting.get(k)) for k in keys), *cells])
+        figures[row.id] = [(values(ours, m), row.paper[m]) for m in METRICS]
+        cells = [cell(*pair, NOISE[m]) for m, pair in zip(METRICS, figures[row.id])]
+        lines.append([row.id, *(setting_text(k, shown[row.id].get(k)) for k in keys), *cells])
+        replicated.append([replication_cell(row, notes)])
         others.append([cell(values(other, m), None, 0) for m in METRICS])
         if row.id.startswith("t7-") and row.id.endswith("-bneval"):
-            pairs = zip(shown[row.id.replace("-bneval", "-bntrain")], shown[row.id])
+            pairs = zip(figures[row.id.replace("-bneval", "-bntrain")], figures[row.id])
             lines.append(["eval - train", *("" for _ in keys), *(difference_cell(*pair) for pair in pairs)])
             others.append(["" for _ in METRICS])
-    if not any(map(any, others)):
-        return markdown(header, lines)
-    header += [f"{m}, other checkpoint" for m in METRICS.values()]
-    text = markdown(header, [line + other for line, other in zip(lines, others)])
-    return f"{text}\n\nOther checkpoint: the last; of rows judged by the last, the best."
+            replicated.append([""])
+    below = [LEGEND]
+    if any(map(any, others)):
+        header += [f"{m}, other checkpoint" for m in METRICS.values()]
+        lines = [line + other for line, other in zip(lines, others)]
+        below.append("Other checkpoint: the last; of rows judged by the last, the best.")
+    if notes:
+        header.append("replicated by others")
+        lines = [line + other for line, other in zip(lines, replicated)]
+    return "\n".join([markdown(header, lines), "", *below, *(f"[{i}] {n}" for i, n in enumerate(notes, 1))])
+
+
+def state(row, found):
+    """done, running, partial (evaluated in part) or missing, and the row's id with what there is to say."""
+    seeds = len(judged_results(found, row))
+    if seeds:
+        return "done", row.id + (f" ({seeds} seeds)" if seeds > 1 else "")
+    if any(run.best or run.last for run in found):
+        return "partial", row.id
+    if found:
+        epochs = max(len(run.log) for run in found)
+        return "running", f"{row.id} ({epochs} of {row.setting.get('epochs')} epochs)"
+    return "missing", row.id
 
 
 def status(rows):
-    """Which rows are done, running, partly evaluated, missing; hours spent."""
-    state = {"done": [], "partial": [], "running": [], "missing": []}
-    spent = {"GPU": 0.0, "CPU": 0.0}
+    """A line a table: which distinct runs are done, running, evaluated in part, missing; hours spent.
+
+    A run that deviates from its row is none of them, but its hours were spent.
+    """
+    kinds = ("done", "running", "partial", "missing")
+    tables, spent = {}, {"GPU": 0.0, "CPU": 0.0}
     for row in (r for r in rows.values() if r.run == r.id):
-        found, name = find_runs(row).values(), row.id
-        for run in found:
+        for run in find_runs(row, warns=False).values():
             spent["GPU" if run.record and run.record["versions"].get("cuda") else "CPU"] += hours(run)
-        if judged_results(found, row):
-            kind = "done"
-        elif any(run.best or run.last for run in found):
-            kind = "partial"
-        elif found:
-            kind = "running"
-            name += f" ({max(len(run.log) for run in found)} of {row.setting.get('epochs')} epochs)"
-        else:
-            kind = "missing"
-        state[kind].append(name)
-    lines = [f"{kind:8} {len(ids):4}   {', '.join(ids)}" for kind, ids in state.items()]
+        kind, name = state(row, valid_runs(row))
+        tables.setdefault(row.table, {k: [] for k in kinds})[kind].append(name)
+    width = max(map(len, tables))
+    lines = [] if any(map(Path.is_dir, map(Path, ROOTS))) else ["There are no runs/ and no results/ here."]
+    for name, states in tables.items():
+        counts = "  ".join(f"{len(states[k]):3} {k}" for k in kinds)
+        known = "; ".join(f"{k}: {', '.join(states[k])}" for k in kinds[:3] if states[k])
+        lines.append(f"{name:{width}}  {counts}   {known}".rstrip())
     return "\n".join(lines + [f"{kind}-hours {h:.2f}" for kind, h in spent.items()])
 
 
@@ -288,8 +397,11 @@ def renew_readme(rows, path=runs.HERE / "README.md"):
     return f"{before}{BEGIN}\n{measured}\n{END}{after}"
 
 
-def collect(run, row):
-    """Copy a run's text files to results/. Raises InputError if it is not all that its row says."""
+def collect(run, row, force=False):
+    """Copy a run's small files to results/.
+
+    Raises InputError if the run is not all that its row says, or, without force, if results/ holds another.
+    """
     problems = deviations(run, row)
     if len(run.log) != run.record["args"]["epochs"]:
         problems.append(f"its log has {len(run.log)} epochs")
@@ -299,10 +411,13 @@ def collect(run, row):
     if problems:
         raise InputError(f"{run.folder} is not all of row {row.id}: {'; '.join(problems)}")
     target = Path("results") / run.folder.absolute().name
+    texts = {name: (run.folder / name).read_bytes() for name in COLLECTED if (run.folder / name).exists()}
+    other = [f for f, text in texts.items() if (target / f).exists() and (target / f).read_bytes() != text]
+    if other and not force:
+        raise InputError(f"{target} holds another {' and '.join(other)}: --force overwrites")
     target.mkdir(parents=True, exist_ok=True)
-    for path in map(run.folder.joinpath, ("args.json", "log.jsonl", "result.json", "result_last.json")):
-        if path.exists():
-            (target / path.name).write_bytes(path.read_bytes())
+    for name, text in texts.items():
+        (target / name).write_bytes(text)
     return f"{run.folder} -> {target}"
 
 
@@ -312,11 +427,12 @@ def robustbench(run):
     if not r or r["aa"] is None or r["n"] != r["test_images"] or args["dataset"] not in runs.NAMED_DATASETS:
         raise InputError(f"{run.folder}: not evaluated by AutoAttack (standard) on all test images of CIFAR, "
                          "as RobustBench asks")
+    preact = "PreAct" if args["model"].startswith("preact") else ""  # the paper's ResNet-18 is one
     return json.dumps({
         "link": "https://arxiv.org/abs/2010.00467", "name": "Bag of Tricks for Adversarial Training",
         "authors": "Tianyu Pang, Xiao Yang, Yinpeng Dong, Hang Su, Jun Zhu", "additional_data": False,
         "number_forward_passes": 1, "dataset": args["dataset"], "venue": "ICLR 2021",
-        "architecture": setting_text("model", args["model"]), "eps": runs.fraction_text(r["eps"]),
+        "architecture": preact + setting_text("model", args["model"]), "eps": runs.fraction_text(r["eps"]),
         "clean_acc": f"{r['clean']:.2f}", "reported": f"{r['aa']:.2f}", "autoattack_acc": f"{r['aa']:.2f}",
         "unreliable": False}, indent=2)
 
@@ -357,7 +473,7 @@ def show_curves(folders, rows):
         if not (run and run.log):
             raise InputError(f"{folder} holds no log that can be read")
         row = rows.get(row_and_seed(folder)[0])
-        curves.append((name, run.log, row.paper if row else dict.fromkeys(METRICS), len(run.log)))
+        curves.append((name, [run.log], row.paper if row else dict.fromkeys(METRICS), len(run.log)))
     fig, axes = subplots(1, 5.5)
     draw_curves(axes[0][0], curves)
     return fig
@@ -388,7 +504,12 @@ def draw(what, folders, rows, data_dir):
     shown = []
     for row in (row for r, row in rows.items() if r.startswith(what)):
         found = valid_runs(row)
-        shown.append((row, found[0].log if found else [], next(iter(judged_results(found, row)), {})))
+        logs = [run.log for run in found if run.log]
+        shown.append((row, logs, mean_result(judged_results(found, row))))
+    if not any(logs or ours for _, logs, ours in shown):
+        if not any(any(row.paper.values()) for row, *_ in shown):
+            raise InputError(f"{what}: nothing has been run, and the paper prints no figures")
+        print(f"{what}: nothing has been run: only the paper's figures are drawn", file=sys.stderr)
     return draw_figure(what, shown)
 
 
@@ -408,25 +529,29 @@ def main():
     p.add_argument("what", nargs="?", default="status", help="status, a table, a figure or a command (above)")
     p.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs")
     p.add_argument("--out", help="file of a picture (default: figures/ and what it shows)")
+    p.add_argument("--force", action="store_true", help="let `collect` overwrite what is in results/")
     p.add_argument("--data-dir", default="data", help="for `attack`: where cifar10.npz is")
     args = p.parse_args()
     rows, what, folders = manifest(), args.what, args.runs
     tables, most = {r.partition("-")[0] for r in rows if r[0] not in "fq"}, TAKES.get(what, 0)
     if what not in {*tables, *TAKES}:
         p.error(f"{what!r} is no table, figure or command of report.py: see --help")
-    if not min(most, 1) <= len(folders) <= most:
-        p.error(f"{what} takes {('no RUN', 'one RUN', 'one RUN or more')[min(most, 2)]}")
+    least = 2 if what == "agreement" else min(most, 1)
+    if not least <= len(folders) <= most:
+        p.error(f"{what} takes {('no RUN', 'one RUN', 'two RUNs', 'one RUN or more')[min(most, 3)]}")
     if what == "status":
         print(status(rows))
     elif what in tables:
         print(table([row for r, row in rows.items() if r.partition("-")[0] == what]))
     elif what == "readme":
         text = renew_readme(rows)
-        runs.write_atomically(runs.HERE / "README.md", lambda f: f.write(text.encode()))
+        runs.write_atomically(runs.HERE / "README.md", text.encode())
     elif what == "deviations":
         print("\n".join(deviations(*claimed(folders[0], rows))) or "none")
     elif what == "collect":
-        print("\n".join(collect(*claimed(folder, rows)) for folder in folders))
+        print("\n".join(collect(*claimed(folder, rows), args.force) for folder in folders))
+    elif what == "agreement":
+        print(agreement(folders))
     elif what == "robustbench":
         print(robustbench(claimed(folders[0], rows)[0]))
     else:
