@@ -3,6 +3,7 @@
     python -m tools.bench                                  PGD-AT, PreActResNet-18
     python -m tools.bench --trades --bn-mode eval
     python -m tools.bench --model wrn-34-10 --precision bf16 --compile --json wrn.json
+    python -m tools.bench --row t7-r18-bneval --compile    what a row costs here (./run_all.sh cost)
 
 (a) textbook: as the public code does it, in contiguous fp32. PGD-AT: loss.backward() makes every attack step
     compute weight gradients too, the attack computes its final loss, and two clean forwards with graph and an
@@ -14,12 +15,18 @@
 
 First (a) and (b) take three steps in float64 and must agree, or nothing is timed. Then the settings take
 turns on one fixed batch; augmentation is timed by itself. FLOP are those that each setting executes.
+
+--row: the script of the row makes a few of the row's own steps and tests on random images, and what they take
+is scaled up to the row. An early-stopped attack is timed at full length: an upper bound. AutoAttack is
+estimated from the time of forwards and gradients and from the number that it makes.
 """
 
 import argparse
 import copy
+import math
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +37,14 @@ import models
 import runs
 import train_pgdat
 import train_trades
-from utils import batches, make_optimizer, seeded
+from tools import report
+from utils import InputError, attack_mode, batches, make_optimizer, seeded
 
 STEPS_PER_EPOCH, EPOCHS = 391, 110  # of the paper's runs: 50,000 images in batches of 128
 SQUARE = {"cpu": 2048, "cuda": 8192}  # rows of the matrices whose product's rate is the ceiling
 TOLERANCE = 1e-9                    # between (a) and (b) in float64
+SECONDS = 10                        # that timing something for --row may take on a CPU, about
+ASSUMED = {"clean": 85, "pgd10": 54, "aa": 50}  # accuracies of rows for which the paper has none
 
 
 # ---- (a) The textbook steps --------------------------------------------------------------------------------
@@ -243,6 +253,169 @@ def show(rows):
               f"{r['hours_110_epochs']:9.2f}")
 
 
+# ---- A row of run_all.sh -----------------------------------------------------------------------------------
+
+
+def seconds_per_image(take, batch_size, device):
+    """(seconds, number of images that were timed). take(n): do the work on n images.
+
+    On a CPU, n is less than a batch if that would take minutes.
+    """
+    n, repeats = 10 * batch_size, 3
+    if device.type == "cuda":
+        take(n)  # compiles, chooses algorithms
+    else:
+        take(2)
+        pace = timed(lambda: take(2), device) / 2
+        n = max(2, min(batch_size, int(SECONDS / pace)))
+        repeats = max(2, min(10, int(SECONDS / pace / n)))
+    return statistics.median(timed(lambda: take(n), device) for _ in range(repeats)) / n, n
+
+
+class Work:
+    """What a row's script does in training and tests, on as many random images as one asks for."""
+
+    def __init__(self, script, args, num_classes, device, compile=False):
+        # a learning rate at which weights stay as they are; no stop of the attack
+        args = argparse.Namespace(**{**vars(args), "compile": compile, "lr": 1e-9, "early_stop_pgd": None})
+        self.script, self.args, self.device, self.num_classes = script, args, device, num_classes
+        torch.manual_seed(0)
+        model = models.build(args.model, num_classes, args.activation, script.NORMALIZE)
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.forward = runs.make_forward(self.model, args.precision, compile)
+        self.attack = script.make_attack(self.model, self.forward, args)
+        self.optimizer = make_optimizer(self.model, args.optimizer, args.lr, args.wd, args.momentum)
+
+    def data(self, n):
+        """Images (n, 32, 32, 3) uint8, labels (n,)."""
+        g = seeded(self.device, "data")
+        images = torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8, device=self.device, generator=g)
+        return images, torch.randint(self.num_classes, (n,), device=self.device, generator=g)
+
+    def train(self, n):
+        self.script.train_epoch(self.model, self.forward, self.attack, self.optimizer, *self.data(n),
+                                self.args, 0)
+
+    def test(self, n):
+        self.script.test(self.model, self.forward, *self.data(n), self.args, 0, "test")
+
+    def flop(self, take):
+        """FLOP an image of take, train or test; of a model that is not compiled."""
+        with FlopCounter() as counter:
+            take(2)
+        return counter.flop / 2
+
+
+def training_cost(row, options, device):
+    """What training a row takes, tests included: a dict of numbers."""
+    settings = {k: v for k, v in row.setting.items() if k != "script"}
+    passed = {"precision": options.precision, "compile": bool(options.compile), "dry_run": True}
+    args = argparse.Namespace(**{**settings, **passed})  # a dry run: of a named data set only the size
+    args.precision = runs.set_precision(args.precision, device)
+    script, data = report.SCRIPTS[row.setting["script"]], runs.load(args, device)
+    n_train = len(data.train_labels) - args.val
+    n_test = len(data.test_labels) + args.val
+    counted = Work(script, args, data.num_classes, device)
+    flop, flop_test = counted.flop(counted.train), counted.flop(counted.test)
+    work = Work(script, args, data.num_classes, device, args.compile) if args.compile else counted
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    train, n_timed = seconds_per_image(work.train, args.batch_size, device)
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    test, n_timed_test = seconds_per_image(work.test, args.test_batch_size, device)
+    n_tests = math.ceil(args.epochs / args.eval_every)
+    return {"step_s": train * args.batch_size, "images_timed": n_timed, "epoch_s": train * n_train,
+            "test_batch_s": test * args.test_batch_size, "test_images_timed": n_timed_test,
+            "test_s": test * n_test, "row_s": args.epochs * train * n_train + n_tests * test * n_test,
+            "peak_gb": peak, "batch_size": args.batch_size, "test_batch_size": args.test_batch_size,
+            "steps": math.ceil(n_train / args.batch_size), "epochs": args.epochs, "tests": n_tests,
+            "test_images": n_test, "early_stop": bool(settings.get("early_stop_pgd")),
+            "pflop": (args.epochs * flop * n_train + n_tests * flop_test * n_test) / 1e15}
+
+
+def evaluation_cost(row, n_test, device):
+    """Seconds that eval_aa.py's AutoAttack takes, roughly, and the accuracies that this is based on.
+
+    A gradient is a forward and a backward. APGD-CE computes 100 of every image that is classified right,
+    APGD-T 9 x 100 of those that withstand it, FAB-T 9 x 100, and as many forwards, of those that are left,
+    and Square 5,000 forwards.
+    """
+    asked = row.evaluation
+    runs.set_precision(asked.precision, device)
+    name, activation = row.setting.get("model") or asked.model, row.setting.get("activation", "relu")
+    model = models.build(name, activation=activation).to(device, memory_format=torch.channels_last)
+
+    def forward(x):
+        with torch.no_grad():
+            model(x)
+
+    def gradient(x):
+        torch.autograd.grad(model(x.requires_grad_()).logsumexp(1).sum(), x)
+
+    def pace(work):
+        def take(n):
+            for i in range(0, n, asked.batch_size):
+                work(torch.rand(min(asked.batch_size, n - i), 3, 32, 32, device=device))
+        return seconds_per_image(take, min(asked.batch_size, n), device)[0]
+
+    n = asked.n or n_test
+    with attack_mode(model, "eval"):
+        f, g = pace(forward), pace(gradient)
+    left = {m: row.paper[m] or ASSUMED[m] for m in ASSUMED}
+    left["pgd10"] = max(left["pgd10"], left["aa"])  # an assumption where the paper has AA alone
+    clean, pgd10, aa = (n * share / 100 for share in left.values())
+    return {"aa_s": clean * 100 * g + pgd10 * 900 * g + aa * (900 * (g + f) + 5000 * f),
+            "aa_images": n, "left": left, "assumed": row.paper["aa"] is None}
+
+
+def show_cost(row, training, evaluation):
+    """Print what a row costs, a line each."""
+    print(f"{row.id}: {row.setting.get('script', 'eval_aa.py')}, "
+          f"{report.setting_text('model', row.setting.get('model') or row.evaluation.model)}")
+    def timed_on(n, batch):
+        return f", timed on {n} and extrapolated linearly" if n < batch else ""
+
+    if training:
+        t = argparse.Namespace(**training)
+        bound = "; the attack at full length, it may stop earlier: an upper bound" if t.early_stop else ""
+        print(f"  step         {t.step_s:9.3f} s   {t.batch_size} images"
+              f"{timed_on(t.images_timed, t.batch_size)}{bound}\n"
+              f"  test batch   {t.test_batch_s:9.3f} s   {t.test_batch_size} images"
+              f"{timed_on(t.test_images_timed, t.test_batch_size)}\n"
+              f"  epoch      {runs.clock(t.epoch_s):>11}     {t.steps:,} steps\n"
+              f"  test       {runs.clock(t.test_s):>11}     {t.test_images:,} images\n"
+              f"  the row    {runs.clock(t.row_s):>11}     {t.epochs} epochs, {t.tests} tests\n"
+              f"  arithmetic {t.pflop:11.3g} PFLOP")
+        if t.peak_gb is not None:
+            print(f"  memory     {t.peak_gb:11.2f} GB at most")
+    if evaluation:
+        e = argparse.Namespace(**evaluation)
+        whose = "an assumption" if e.assumed else "the paper's"
+        accuracies = " / ".join(f"{v:g}" for v in e.left.values())
+        print(f"  AutoAttack {runs.clock(e.aa_s):>11}     roughly: {e.aa_images:,} images, from the time of "
+              f"forwards and gradients and the number that the\n{'':27}standard attacks make of them if the "
+              f"accuracies are {accuracies} ({whose})")
+
+
+def cost_of_rows(options, device):
+    """Print what the rows of --row cost on this device. Returns it, {row: ...}."""
+    rows, costs = report.manifest(), {}
+    for name in options.row:
+        row, _ = report.row_and_seed(name)
+        if row not in rows:
+            raise InputError(f"run_all.sh has no row {name}")
+        row = rows[row]._replace(id=name)
+        training = training_cost(row, options, device) if row.setting else {}
+        n_test = training.get("test_images", 10_000)
+        evaluation = evaluation_cost(row, n_test, device) if row.evaluation.attacks else {}
+        show_cost(row, training, evaluation)
+        costs[name] = training | evaluation
+    return costs
+
+
+# ---- The command line --------------------------------------------------------------------------------------
+
+
 def parse_args():
     p = runs.Parser(description=__doc__)
     p.add_argument("--model", choices=models.MODELS, default="preactresnet-18", metavar="NAME",
@@ -259,12 +432,25 @@ def parse_args():
                    help="steps of each setting that count (default: 30, on a CPU 3)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     p.add_argument("--json", metavar="FILE", help="write the figures there")
-    return p.parse_args()
+    p.add_argument("--row", nargs="+", help="estimate what these rows of run_all.sh take, instead")
+    args = p.parse_args()
+    if args.row:
+        runs.without_effect(p, args, "--row", "model", "batch_size", "trades", "bn_mode", "rounds")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        p.error(f"--json {args.json}: there is no such folder")
+    return args
 
 
 def main():
     options = parse_args()
     device = runs.pick_device(options.device)
+    if options.row:
+        about = runs.environment(device)
+        print(f"{about['device']}, torch {about['versions']['torch']}")
+        costs = cost_of_rows(options, device)
+        if options.json:
+            runs.write_json(options.json, {"rows": costs, **about})
+        return
     cuda = device.type == "cuda"
     precision = options.precision or ("bf16" if cuda else "fp32")
     runs.set_precision(precision, device)  # refuses what this device cannot do
