@@ -43,7 +43,7 @@ from utils import InputError, attack_mode, batches, make_optimizer, seeded
 STEPS_PER_EPOCH, EPOCHS = 391, 110  # of the paper's runs: 50,000 images in batches of 128
 SQUARE = {"cpu": 2048, "cuda": 8192}  # rows of the matrices whose product's rate is the ceiling
 TOLERANCE = 1e-9                    # between (a) and (b) in float64
-SECONDS = 10                        # that timing something for --row may take on a CPU, about
+SECONDS = 20                        # that timing something for --row may take on a CPU, about
 ASSUMED = {"clean": 85, "pgd10": 54, "aa": 50}  # accuracies of rows for which the paper has none
 
 
