@@ -385,7 +385,7 @@ def show_cost(row, training, evaluation):
               f"  epoch      {runs.clock(t.epoch_s):>11}     {t.steps:,} steps\n"
               f"  test       {runs.clock(t.test_s):>11}     {t.test_images:,} images\n"
               f"  the row    {runs.clock(t.row_s):>11}     {t.epochs} epochs, {t.tests} tests\n"
-              f"  arithmetic {t.pflop:11.3g} PFLOP")
+              f"  arithmetic {t.pflop:11,.{0 if t.pflop >= 10 else 4}f} PFLOP")
         if t.peak_gb is not None:
             print(f"  memory     {t.peak_gb:11.2f} GB at most")
     if evaluation:

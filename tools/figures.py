@@ -54,7 +54,7 @@ def draw_curves(ax, curves):
     ax.set(xlabel="epoch", ylabel="accuracy (%)", xlim=(0, 1.03 * max((c[3] for c in curves), default=1)))
     if not any(logs for _, logs, *_ in curves):
         ax.set_ylim(0, 100)
-    ax.legend()
+    ax.legend(ncols=2)
 
 
 def draw_curve(ax, log, style):
