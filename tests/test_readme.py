@@ -29,7 +29,7 @@ python -m tools.report t4
 python eval_aa.py wrn.pt --model wrn-34-10 --no-normalize
 python eval_aa.py wrn.pt --model wrn-34-10 --no-normalize --n 1000 --attacks apgd-ce,apgd-t --out quick.json
 python eval_aa.py wrn.pt --model wrn-34-10 --no-normalize --attacks none --pgd-steps 50 --restarts 5 --loss cw
-./run_all.sh ids 't2-*' | parallel -j 8 CUDA_VISIBLE_DEVICES='$(({%} - 1))' ./run_all.sh run {}
+./run_all.sh ids 't2-*' | xargs -P 8 -n 1 --process-slot-var=CUDA_VISIBLE_DEVICES ./run_all.sh run
 torchrun --nproc_per_node=8 -- train_pgdat.py --model wrn-34-20 --bn-mode eval
 PYTHON="torchrun --nproc_per_node=8 --" ./run_all.sh run t8-wrn20-wd5e-4-relu-bneval
 """.strip().splitlines()
@@ -101,7 +101,8 @@ def test_every_command_belongs_to_a_test_or_is_what_ci_does():
 def test_flags_that_are_named_exist():
     parsers = [train_pgdat.make_parser(), train_trades.make_parser(), eval_aa.make_parser()]
     known = {flag for p in parsers for flag in p._option_string_actions}
-    others = {"--nproc_per_node", "--array", "--gres", "--wrap", "--trades"}  # of torchrun, sbatch, tools
+    # Of torchrun, sbatch, xargs and tools.
+    others = {"--nproc_per_node", "--array", "--gres", "--wrap", "--process-slot-var", "--trades"}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
     assert named <= known | others, named - known - others
 

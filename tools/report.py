@@ -376,25 +376,27 @@ def status(rows):
     return "\n".join(lines + [f"{kind}-hours {h:.2f}" for kind, h in spent.items()])
 
 
+def measured_line(row):
+    """The README's line of a row that is in results/, over its seeds, or None."""
+    found = [run for run in find_runs(row, roots=[runs.HERE / "results"]).values() if judged(run, row)]
+    if not found:
+        return None
+    results = [judged(run, row) for run in found]
+    ours = [cell([r[m] for r in results if r[m] is not None], row.paper[m], NOISE[m]) or "-" for m in METRICS]
+    devices = {run.record["device"] for run in found if run.record}
+    took = runs.clock(3600 * sum(map(hours, found)) / len(found))
+    return [f"`{row.id}`", str(len(found)), *ours, f"{results[0]['n']:,}", ", ".join(sorted(devices)), took]
+
+
 def renew_readme(rows, path=runs.HERE / "README.md"):
     """The README's text with its table of what is in results/ renewed."""
-    def text(figures):
-        return ["-" if figures[m] is None else f"{figures[m]:.2f}" for m in METRICS]
-
-    lines = []
-    for row in (r for r in rows.values() if r.run == r.id):
-        for run in find_runs(row, roots=[runs.HERE / "results"]).values():
-            if result := judged(run, row):
-                paper = " / ".join(text(row.paper)) if any(row.paper.values()) else "-"
-                device = run.record["device"] if run.record else "-"
-                lines.append([f"`{run.folder.name}`", *text(result), paper, f"{result['n']:,}", device,
-                              runs.clock(3600 * hours(run))])
+    lines = [measured_line(row) for row in rows.values() if row.run == row.id]
     before, begin, rest = path.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
         raise InputError(f"{path} has no {BEGIN} ... {END}")
-    measured = markdown(["row", *METRICS.values(), "paper", "test images", "device", "time"], lines)
-    return f"{before}{BEGIN}\n{measured}\n{END}{after}"
+    header = ["row", "seeds", *METRICS.values(), "test images", "device", "time a seed"]
+    return f"{before}{BEGIN}\n{markdown(header, filter(None, lines))}\n{END}{after}"
 
 
 def collect(run, row, force=False):
