@@ -136,13 +136,16 @@ def test_patterns():
     """print, and so run, take them as list does, and leave out rows that are the same run."""
     ids = run_all("ids", "t4-*")[1].split()
     assert run_all("print", "t4-*") == run_all("print", *ids) != ""
+    assert run_all("print", "t[24]-*") == run_all("print", *run_all("ids", "t[24]-*")[1].split())
     assert run_all("print", "t4-*@2", "t2-base") == run_all("print", *(f"{i}@2" for i in ids), "t2-base")
 
 
 @pytest.mark.parametrize("action", ["list", "ids", "print", "run", "cost"])
 def test_a_pattern_that_matches_nothing(action):
     assert run_all(action, "t99-*", PYTHON="false") == (2, "", "run_all.sh: error: no row matches 't99-*'\n")
-    if action in ("list", "ids"):
+    if action not in ("list", "ids"):
+        assert run_all(action, "t99-*@1", PYTHON="false") == run_all(action, "t99-*")
+    else:
         advice = "run_all.sh: error: no row matches 't2'; there are those of 't2-*'\n"
         assert run_all(action, "t2") == (2, "", advice)
 
