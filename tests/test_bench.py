@@ -59,11 +59,15 @@ def test_autoattack_is_made_of_forwards_and_gradients(rows, fast):
     assert cost["aa_s"] == pytest.approx(85 * 100 + 54 * 900 + 50 * 6800) and cost["assumed"]
 
 
+MEAN = next(name for name in bench.models.build("tiny").state_dict() if name.endswith("running_mean"))
+
+
 @pytest.mark.parametrize("row, attack, after", [  # forwards in train mode are T, others e
     ("t2-base", 11 * "T", "TTT"), ("t7-r18-bneval", 10 * "e", "TTT"), ("x-r18-bneval-clean0", 10 * "e", "T"),
     ("t12-r18-wd5e-4-relu-bneval", 11 * "e", "TT"), ("t12-r18-wd5e-4-softplus-bntrain", 20 * "T", "TT"),
     ("f4-wd1e-4", "", "TTT"), ("t2-early-stop-40-70", 11 * "T", "TTT"), ("t5-adam", 11 * "T", "TTT"),
-    ("s1-wong2020", 11 * "T", "TTT"),
+    ("s1-wong2020", 11 * "T", "TTT"), ("x-r18-ema", 11 * "T", "TTT"), ("x-r18-awp", 11 * "T", "TTTT"),
+    ("x-trades-r18-awp", 11 * "e", "TTTT"),
 ])
 def test_what_is_timed_is_the_rows_own_step(rows, row, attack, after):
     """The forwards of the row's attack at full length, of the update and of the clean passes."""
@@ -72,6 +76,8 @@ def test_what_is_timed_is_the_rows_own_step(rows, row, attack, after):
     modes = []
     work.model.register_forward_pre_hook(lambda model, x: modes.append("T" if model.training else "e"))
     work.train(2)
+    if args.ema:  # running statistics are averaged too, and start at 0
+        assert work.average.state_dict()[MEAN].any()
     assert "".join(modes) == attack + after
     assert type(work.optimizer) is (torch.optim.Adam if row == "t5-adam" else torch.optim.SGD)
     softplus = any(isinstance(m, torch.nn.Softplus) for m in work.model.modules())

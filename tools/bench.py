@@ -276,13 +276,15 @@ class Work:
     """What a row's script does in training and tests, on as many random images as one asks for."""
 
     def __init__(self, script, args, num_classes, device, compile=False):
-        # a learning rate at which weights stay as they are; no stop of the attack
-        args = argparse.Namespace(**{**vars(args), "compile": compile, "lr": 1e-9, "early_stop_pgd": None})
+        # a learning rate at which weights stay as they are; no stop of the attack; tricks after their warm-up
+        timed_as = {"compile": compile, "lr": 1e-9, "early_stop_pgd": None, "awp_warmup": 0}
+        args = argparse.Namespace(**{**vars(args), **timed_as})
         self.script, self.args, self.device, self.num_classes = script, args, device, num_classes
         torch.manual_seed(0)
         model = models.build(args.model, num_classes, args.activation, script.NORMALIZE)
         self.model = model.to(device, memory_format=torch.channels_last)
         self.forward = runs.make_forward(self.model, args.precision, compile)
+        self.average = copy.deepcopy(self.model) if args.ema else None
         self.attack = script.make_attack(self.model, self.forward, args)
         self.optimizer = make_optimizer(self.model, args.optimizer, args.lr, args.wd, args.momentum)
 
@@ -294,7 +296,7 @@ class Work:
 
     def train(self, n):
         self.script.train_epoch(self.model, self.forward, self.attack, self.optimizer, *self.data(n),
-                                self.args, 0)
+                                self.args, 0, self.average)
 
     def test(self, n):
         self.script.test(self.model, self.forward, *self.data(n), self.args, 0, "test")
