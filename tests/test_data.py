@@ -255,7 +255,8 @@ def test_a_download_that_is_stopped_leaves_nothing(tmp_path, number, status, fir
     argv = [ROOT / "data" / first, "cifar10"] if first == "prepare.py" else [ROOT / first, "--model", "tiny"]
     command = [sys.executable, *argv, "--data-dir", tmp_path / "data"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, env=env, cwd=tmp_path, **pipes)
+    default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
+    process = subprocess.Popen(command, env=env, cwd=tmp_path, preexec_fn=default, **pipes)
     while not list((tmp_path / "tmp").glob("*/started")):
         time.sleep(0.05)
         assert process.poll() is None, process.stderr.read()

@@ -47,6 +47,7 @@ def fork_each(jobs):
         if child == 0:
             sys.stdout = sys.stderr = open(output, "w", buffering=1)
             sys.argv = ["train_pgdat.py", *argv]
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
             status = 99
             try:
                 send_signal_at(where, function, number, signal_number)
