@@ -105,16 +105,15 @@ SWEEP = [(where, function, number, signal.SIGKILL)
          for number in range(1, calls + 1) for where in wheres]
 
 
-FLAGS = ("--bn-mode", "eval", "--optimizer", "sgd-gc", "--warmup-lr", 1, "--val", 10, "--early-stop-pgd", 1,
-         2,
-         "--steps", 3, "--ema", 0.9, "--awp", 0.01)
+FLAGS = ("--bn-mode", "eval", "--optimizer", "sgd-gc", "--warmup-lr", 1, "--val", 10, "--steps", 3,
+         "--early-stop-pgd", 1, 2, "--ema", 0.9, "--awp", 0.01)
 
 
 def test_a_run_killed_at_any_moment_ends_bit_identical(train, small_npz, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    status, _, err = train(*FLAGS, out=whole, epochs=4)
+    status, _, err = train(*FLAGS, out=whole, epochs=8)
     assert status == 0, err
-    argv = [*TINY, "--dataset", small_npz, "--epochs", 4, "--out", cut, "--resume", *FLAGS]
+    argv = [*TINY, "--dataset", small_npz, "--epochs", 8, "--out", cut, "--resume", *FLAGS]
     done = train_with_signals(tmp_path, *((argv, *kill[:-1], int(kill[-1])) for kill in KILLS))
     for (status, output), kill in zip(done, KILLS, strict=True):
         assert status == (130 if kill[-1] == signal.SIGINT else -kill[-1]), (kill, output)
@@ -122,11 +121,11 @@ def test_a_run_killed_at_any_moment_ends_bit_identical(train, small_npz, tmp_pat
         if kill[-1] == signal.SIGINT:
             command = output.splitlines()[-1].partition("; to go on: ")[2]
             assert command.startswith("python train_pgdat.py --model tiny") and command.count("--resume") == 1
-    status, out, err = train(*FLAGS, "--resume", out=cut, epochs=4)
+    status, out, err = train(*FLAGS, "--resume", out=cut, epochs=8)
     assert status == 0, err
     same_run(whole, cut)
     before = (cut / "last.pt").read_bytes()
-    status, out, err = train(*FLAGS, "--resume", out=cut, epochs=4)  # finished: says so, and trains no more
+    status, out, err = train(*FLAGS, "--resume", out=cut, epochs=8)  # finished: says so, and trains no more
     assert status == 0 and "has finished" in out and (cut / "last.pt").read_bytes() == before
 
 
