@@ -3,7 +3,7 @@
     python eval_aa.py runs/NAME                 its best checkpoint, all test images -> runs/NAME/result.json
     python eval_aa.py runs/NAME --which last    its last checkpoint -> runs/NAME/result_last.json
     python eval_aa.py wrn.pt --model wrn-34-10 --no-normalize       anyone's state dict -> wrn_result.json
-    python eval_aa.py runs/NAME --n 1000 --attacks apgd-ce,apgd-t   a quick look; never called AA
+    python eval_aa.py runs/NAME --n 1000 --attacks apgd-ce,apgd-t --out quick.json    a quick look, never AA
     python eval_aa.py runs/NAME --attacks none --pgd-steps 50 --restarts 10 --loss cw
 
 Accuracies are per cent of the images. `pgd10` counts an image as robust if the last iterate is classified
@@ -389,7 +389,7 @@ def load_subject(args, path, device):
     needs = {a: 10 if a.endswith("-t") else 3 if a == "apgd-dlr" else 2 for a in args.attacks}
     few = [f"{a} needs {n} classes" for a, n in needs.items() if n > spec["num_classes"]]
     if few:
-        raise InputError(f"{few[0]}, but {path} knows {spec['num_classes']}: leave it out of --attacks")
+        raise InputError(f"{few[0]}, but {path} knows {spec['num_classes']}: try --attacks apgd-ce,square")
     n = args.n or len(data.test_labels)
     if n > len(data.test_labels):
         raise InputError(f"--n {n}: there are {len(data.test_labels):,} test images")
@@ -474,6 +474,8 @@ def main():
         if todo:  # first of all, for it may be refused
             aa = AutoAttack(model, result["eps"], args.seed, device)
             state = open_state(state_path, state_identity, args.overwrite)
+        if args.save_adv and args.save_adv.resolve() == flags_path.resolve():
+            raise InputError(f"--save-adv {args.save_adv}: that file says which images withstood what")
         if args.save_adv and (not todo or runs.world() > 1):
             why = "it takes one process" if todo else f"{result_path} is there already, add --overwrite"
             raise InputError(f"--save-adv: {why}")

@@ -914,13 +914,16 @@ def show_setting(args, model, data):
     held_out = f" (and {args.val:,} held out)" if args.val else ""
     known = " (CIFAR-10's pixels)" if data.sha256 == CIFAR10_SHA256 else f" (SHA-256 {data.sha256[:8]}...)"
     print(f"data   {args.dataset}: {n_train:,} training images{held_out}, {n_test:,} test images"
-          f"{known if data.sha256 else ''}")
+          f"{known if data.sha256 else ''}, {data.num_classes} classes")
     print(f"model  {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"steps  {args.epochs} epochs of {steps:,}: {args.epochs * steps:,}")
     late = [f"{e:g}" for e in args.lr_decay_epochs if e >= args.epochs]
     if args.lr_schedule == "piecewise" and late:
         print(f"warning: the learning rate never drops at {', '.join(late)}, "
               f"for the run ends after {args.epochs} epochs")
+    for flag in ("warmup_lr", "warmup_eps", "awp_warmup"):
+        if getattr(args, flag, 0) >= args.epochs:
+            print(f"warning: --{flag.replace('_', '-')} lasts until the end of the run, {args.epochs} epochs")
     if args.dry_run:
         print("time   ./run_all.sh cost ROW, or python -m tools.bench, says what it takes on this machine")
 

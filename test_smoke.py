@@ -319,6 +319,8 @@ def test_adversarial_images_are_saved(train, script, tmp_path, small_npz):
     assert not list(run.glob("*.npy"))
     status, _, err = script(eval_aa, *argv)
     assert status == 2 and "is there already, add --overwrite" in err
+    status, _, err = script(eval_aa, *argv[:-1], run / "result.npz", "--overwrite")
+    assert status == 2 and "which images withstood what" in err
 
 
 def test_results_of_a_checkpoint_that_has_changed_since_are_refused(train, script, tmp_path):

@@ -419,7 +419,7 @@ def cost_of_rows(options, device):
 
 
 def parse_args():
-    p = runs.Parser(description=__doc__)
+    p = runs.Parser(description=__doc__, prog="python -m tools.bench")
     p.add_argument("--model", choices=models.MODELS, default="preactresnet-18", metavar="NAME",
                    help=", ".join(models.MODELS))
     p.add_argument("--batch-size", type=runs.integer(2), default=128, help="images a step")

@@ -351,7 +351,7 @@ def show(rows, *columns):
 
 
 def parse_args():
-    p = runs.Parser(description=__doc__)
+    p = runs.Parser(description=__doc__, prog="python -m tools.compare_authors")
     p.add_argument("clone", type=Path, metavar="BAG_OF_TRICKS_CLONE",
                    help="clone of github.com/P2333/Bag-of-Tricks-for-AT")
     p.add_argument("--trades", type=Path, metavar="AT_HE_CLONE",

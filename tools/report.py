@@ -12,8 +12,8 @@
     python -m tools.report robustbench RUN    the model-info JSON of a RobustBench entry
     python -m tools.report readme             renew the README's table of what is in results/
 
-RUN is a folder named after a row of run_all.sh, or a row and a seed (t2-base@1). Differences from the paper
-beyond seed noise are bold.
+RUN is the path of a folder, such as runs/t2-base@1; most commands need one named after a row and its seed.
+Differences from the paper beyond seed noise are bold.
 """
 
 import json
@@ -527,7 +527,7 @@ def save(fig, stem):
 
 
 def main():
-    p = runs.Parser(description=__doc__)
+    p = runs.Parser(description=__doc__, prog="python -m tools.report")
     p.add_argument("what", nargs="?", default="status", help="status, a table, a figure or a command (above)")
     p.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs")
     p.add_argument("--out", help="file of a picture (default: figures/ and what it shows)")
@@ -541,6 +541,9 @@ def main():
     least = 2 if what == "agreement" else min(most, 1)
     if not least <= len(folders) <= most:
         p.error(f"{what} takes {('no RUN', 'one RUN', 'two RUNs', 'one RUN or more')[min(most, 3)]}")
+    if args.out and (what in tables or what in ("status", "readme", "deviations", "collect", "agreement",
+                                                "robustbench")):
+        p.error(f"--out has no effect with {what}, which draws nothing")
     if what == "status":
         print(status(rows))
     elif what in tables:
