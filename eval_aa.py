@@ -270,14 +270,20 @@ class OncePerMessage(logging.Filter):
         return new
 
 
+def write_npz(path, **arrays):
+    """Write arrays, whole or not at all; under torchrun the first process does."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    runs.write_atomically(path, file.getbuffer())
+
+
 def keep_flags(path, **flags):
     """Add {name: (N,) bool tensor of the images that are right} to an .npz; other names in it stay."""
-    file, known = io.BytesIO(), {}
+    known = {}
     if path.exists():
         with np.load(path) as npz:
             known = dict(npz)
-    np.savez_compressed(file, **{**known, **{name: f.cpu().numpy() for name, f in flags.items()}})
-    runs.write_atomically(path, file.getvalue())
+    write_npz(path, **{**known, **{name: f.cpu().numpy() for name, f in flags.items()}})
 
 
 def open_adversarial(path, images, fresh):
@@ -454,8 +460,8 @@ def main():
         return
     model, images, labels, identity, what = load_subject(args, path, device)
     stage = "aa" if args.attacks == STANDARD else ",".join(args.attacks)
-    state_path, adv_path, flags_path = (result_path.with_suffix(s) for s in (".state.json", ".adv.npy",
-                                                                             ".npz"))
+    state_path, flags_path = result_path.with_suffix(".state.json"), result_path.with_suffix(".npz")
+    adv_path = result_path.with_suffix(".adv.npy")  # what --save-adv has so far
     state_identity = {**identity, "attacks": list(args.attacks), "batch_size": args.batch_size,
                       "save_adv": bool(args.save_adv)}
 
@@ -494,7 +500,7 @@ def main():
                            lambda attack, robust: keep(**{attack: robust}), adversarial)
             if args.save_adv:
                 robust = np.array(state["robust"], dtype=bool)
-                np.savez(args.save_adv, images=adversarial, labels=labels.cpu().numpy(), robust=robust)
+                write_npz(args.save_adv, images=adversarial, labels=labels.cpu().numpy(), robust=robust)
             if stage == "aa":
                 result["aa"] = state["left"][STANDARD[-1]]
                 result["attacks"] |= state["left"]

@@ -256,7 +256,10 @@ def agreement(folders):
     whole = [attack for attack in eval_aa.STANDARD if attack in a and attack in b][-1:]
     lines = []
     for name in ("clean", "pgd10", *whole):
-        if not (name in a and name in b and len(a[name]) == len(b[name])):
+        for folder, flags in zip(folders, (a, b)):
+            if name not in flags:
+                raise InputError(f"{folder}/result.npz does not say which images are right ({name})")
+        if len(a[name]) != len(b[name]):
             raise InputError(f"{folders[0]} and {folders[1]} were not evaluated on the same images ({name})")
         shares = a[name] & b[name], a[name] & ~b[name], ~a[name] & b[name], ~a[name] & ~b[name]
         title = METRICS.get("aa" if name == eval_aa.STANDARD[-1] else name, name)
