@@ -112,6 +112,10 @@ def add_flags(parser):
     g.add_argument("--resume", action="store_true",
                    help="go on with the run in that folder, if there is one: its command, with this flag")
     g.add_argument("--data-dir", default="data", help="where cifar10.npz is, or is put on first use")
+    g.add_argument("--n-train", type=integer(1), metavar="N",
+                   help="train on the first N training images (default: all)")
+    g.add_argument("--time-scale", type=number(0), default=1, metavar="F",
+                   help="multiply every number of epochs above by F and round it: a whole recipe, faster")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     g.add_argument("--precision", choices=("fp32", "tf32", "bf16"),
                    help="arithmetic of the model (default: tf32 on CUDA, fp32 elsewhere)")
@@ -142,6 +146,7 @@ def resolve(parser, args, prefix):
     if args.lr_schedule != "piecewise":
         condition = f"--lr-schedule {args.lr_schedule}"
         without_effect(parser, args, condition, "lr_decay_epochs", "lr_decay_factor")
+    scale_time(parser, args)
     if args.out is None:
         args.out = f"runs/{run_name(prefix, args, parser)}"
     if not args.out:
@@ -151,8 +156,28 @@ def resolve(parser, args, prefix):
     return args
 
 
+def scale_time(parser, args):
+    """Multiply what is a number of epochs of the recipe by --time-scale, and round it to whole epochs.
+
+    --eval-every is not of the recipe. Refused if nothing is left of an epoch or more.
+    """
+    def scaled(flag, value):
+        whole = int(value * args.time_scale + 0.5)
+        if value and not whole:
+            parser.error(f"--time-scale {args.time_scale:g} leaves nothing of --{flag.replace('_', '-')} {value:g}")
+        return whole
+
+    if args.time_scale == 1:
+        return
+    for flag in ("epochs", "lr_decay_epochs", "warmup_lr", "warmup_eps", "early_stop_pgd", "awp_warmup"):
+        value = getattr(args, flag, None)
+        if value is not None:
+            several = isinstance(value, list)
+            setattr(args, flag, [scaled(flag, v) for v in value] if several else scaled(flag, value))
+
+
 # Flags that say where and how a run happens, not what is trained: they may differ when it is resumed.
-NOT_A_SETTING = ("test_batch_size", "out", "resume", "data_dir", "device", "dry_run")
+NOT_A_SETTING = ("test_batch_size", "time_scale", "out", "resume", "data_dir", "device", "dry_run")
 
 
 def run_name(prefix, args, parser):
@@ -524,6 +549,11 @@ def load(args, device):
         data = Dataset(train, train, test, test, num_classes, sha256="")
     else:
         data = load_named(args.dataset, args.data_dir, device)
+    if args.n_train:
+        if args.n_train > len(data.train_labels):
+            raise InputError(f"--n-train {args.n_train}: there are {len(data.train_labels):,} training images")
+        head = slice(args.n_train)
+        data = data._replace(train_images=data.train_images[head], train_labels=data.train_labels[head])
     if args.val >= len(data.train_labels):
         raise InputError(f"--val {args.val} leaves nothing to train on of {len(data.train_labels):,} images")
     return data
