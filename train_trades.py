@@ -11,85 +11,97 @@ padding, two passes (natural, adversarial) in the loss, as in the authors' TRADE
 of 2/255 at 8/255, are not in the paper: assumptions. A run leaves the files that train_pgdat.py leaves, and
 `python eval_aa.py FOLDER` evaluates it.
 
-Cost: with --bn-mode eval 27 forwards an image and epoch (a backward by inputs or by weights counts as one),
+Cost: with --bn-mode eval 27 forwards per image and epoch (a backward by inputs or by weights counts as one),
 of which the attack takes 21; 110 epochs.
 """
 
 import copy
 import math
+import time
 
 import torch
 import torch.nn.functional as F
 
 import models
-import runs
-from utils import (OPTIMIZERS, SCHEDULES, InputError, attack_mode, batches, ema_decay, hold_out, linf_step,
-                   make_optimizer, percent, perturb_weights, pgd_evaluate, restore_weights, schedule, seeded,
-                   update_average)
+from utils import (OPTIMIZERS, SCHEDULES, Meter, Parser, attack_mode, average_gradients, batches, best,
+                   broadcast_statistics, check_processes, compile_model, ema_decay, evaluate, fraction,
+                   linf_step, load_dataset, lock, make_optimizer, number, percent, perturb_weights, progress,
+                   rank, resolve, restore_weights, resume, run_script, save, schedule, seeded, shard,
+                   show_epoch, start, sync_batch_norm, training_images, update_average)
 
 NORMALIZE = None  # TRADES takes images in [0, 1] as they are
 
 
-def make_parser():
-    p = runs.Parser(description=__doc__)
+def parse_args(argv=None):
+    """The resolved setting of a command line; a flag without effect is refused with exit status 2."""
+    p = Parser(description=__doc__)
     g = p.add_argument_group("model and data")
     g.add_argument("--model", choices=models.MODELS, default="preactresnet-18", metavar="NAME",
                    help=f"{', '.join(models.MODELS)} (default: preactresnet-18, the paper's ResNet-18)")
     g.add_argument("--activation", choices=models.ACTIVATIONS, default="relu", metavar="NAME",
                    help=f"activation function: {', '.join(models.ACTIVATIONS)}")
     g.add_argument("--dataset", default="cifar10", help="data set: cifar10, cifar100 or the path of an .npz")
-    g.add_argument("--val", type=runs.integer(0), default=0, metavar="N",
+    g.add_argument("--n-train", type=number(1, kind=int), metavar="N",
+                   help="train on the first N training images (default: all)")
+    g.add_argument("--val", type=number(0, kind=int), default=0, metavar="N",
                    help="hold out N training images to choose the best checkpoint on, not on the test set")
 
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=runs.integer(1), default=110, help="passes over the training images")
-    g.add_argument("--batch-size", type=runs.integer(1), default=128, help="images a step")
+    g.add_argument("--epochs", type=number(1, kind=int), default=110, help="passes over the training images")
+    g.add_argument("--batch-size", type=number(1, kind=int), default=128, help="images a step")
     g.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="one of Table 5's optimisers")
-    g.add_argument("--lr", type=runs.number(0), help="learning rate (default: 0.1; adam and adamw: 1e-4)")
-    g.add_argument("--momentum", type=runs.number(0, 1, open_high=True), default=0.9,
-                   help="momentum of the SGD family")
-    g.add_argument("--wd", type=runs.number(0), default=5e-4, help="weight decay, on all parameters")
+    g.add_argument("--lr", type=number(0), help="learning rate (default: 0.1; adam and adamw: 1e-4)")
+    g.add_argument("--momentum", type=number(0, 1), default=0.9, help="momentum of the SGD family")
+    g.add_argument("--wd", type=number(0), default=5e-4, help="weight decay, on all parameters")
     g.add_argument("--lr-schedule", choices=SCHEDULES, default="piecewise", help="learning rate schedule")
-    g.add_argument("--lr-decay-epochs", type=runs.number(0), nargs="+", default=[100, 105], metavar="EPOCH",
+    g.add_argument("--lr-decay-epochs", type=number(0), nargs="+", default=[100, 105], metavar="EPOCH",
                    help="epochs at which the piecewise schedule decays (default: 100 105)")
-    g.add_argument("--lr-decay-factor", type=runs.number(0, 1), nargs="+", default=0.1, metavar="FACTOR",
+    g.add_argument("--lr-decay-factor", type=number(0), nargs="+", default=0.1, metavar="FACTOR",
                    help="factor of every such decay, or a factor for each")
-    g.add_argument("--warmup-lr", type=runs.number(0), default=0, metavar="EPOCHS",
+    g.add_argument("--warmup-lr", type=number(0), default=0, metavar="EPOCHS",
                    help="epochs over which the learning rate first rises linearly from 0")
+    g.add_argument("--time-scale", type=number(0), default=1, metavar="F",
+                   help="multiply every number of epochs of the recipe by F (not --eval-every) and round it")
 
     g = p.add_argument_group("TRADES")
-    g.add_argument("--beta", type=runs.number(0), default=6.0, help="weight of the robust term of the loss")
-    g.add_argument("--eps", type=runs.fraction, default=8 / 255,
+    g.add_argument("--beta", type=number(0), default=6.0, help="weight of the robust term of the loss")
+    g.add_argument("--eps", type=fraction, default=8 / 255,
                    help="L-inf radius, in training and in the test, on the [0, 1] scale (default: 8/255)")
-    g.add_argument("--alpha", type=runs.fraction, default=2 / 255,
+    g.add_argument("--alpha", type=fraction, default=2 / 255,
                    help="step size of the training attack, on the [0, 1] scale (default: 2/255)")
-    g.add_argument("--steps", type=runs.integer(1), default=10, help="steps of the training attack")
-    g.add_argument("--warmup-eps", type=runs.number(0), default=0, metavar="EPOCHS",
+    g.add_argument("--steps", type=number(1, kind=int), default=10, help="steps of the training attack")
+    g.add_argument("--warmup-eps", type=number(0), default=0, metavar="EPOCHS",
                    help="epochs over which eps first rises linearly from 0")
     g.add_argument("--bn-mode", choices=("train", "eval"), default="eval",
                    help="mode of batch norm while the training attack runs")
 
     g = p.add_argument_group("tricks since the paper")
-    g.add_argument("--ema", type=runs.number(0, 1, open_high=True), default=0, metavar="DECAY",
+    g.add_argument("--ema", type=number(0, 1), default=0, metavar="DECAY",
                    help="test and save an exponential moving average of the weights; its decay is this, or "
                         "(1 + t) / (10 + t) at update t (from 0) while that is smaller (default: 0, off)")
-    g.add_argument("--awp", type=runs.number(0), default=0, metavar="GAMMA",
+    g.add_argument("--awp", type=number(0), default=0, metavar="GAMMA",
                    help="adversarial weight perturbation: take the gradient at weights one step up the loss, "
                         "each tensor moved by GAMMA of its norm; its authors use 0.01 for PGD-AT and 0.005 "
                         "for TRADES; it costs one more pass forward and backward (default: 0, off)")
-    g.add_argument("--awp-warmup", type=runs.integer(0), default=0, metavar="EPOCHS",
+    g.add_argument("--awp-warmup", type=number(0, kind=int), default=0, metavar="EPOCHS",
                    help="epochs before that starts; its authors use 0 for PGD-AT and 10 for TRADES")
-    runs.add_flags(p)
-    return p
 
+    g = p.add_argument_group("run")
+    g.add_argument("--seed", type=number(0, kind=int), default=0, help="seed of weights, batches, attacks")
+    g.add_argument("--eval-every", type=number(1, kind=int), default=1, metavar="EPOCHS",
+                   help="test after every so many epochs, and after the last")
+    g.add_argument("--test-batch-size", type=number(1, kind=int), default=250, help="images a test batch")
+    g.add_argument("--out", help="the run's folder (default: runs/ and what differs from the defaults)")
+    g.add_argument("--resume", action="store_true",
+                   help="go on with the run in that folder, if there is one: its command, with this flag")
+    g.add_argument("--data-dir", default="data", help="where cifar10.npz is, or is put on first use")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    g.add_argument("--precision", choices=("fp32", "tf32", "bf16"),
+                   help="arithmetic of the model (default: tf32 on CUDA, fp32 elsewhere)")
+    g.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    g.add_argument("--dry-run", action="store_true", help="print the resolved setting and exit")
 
-def parse_args(argv=None):
-    """The resolved setting of a command line; a flag without effect is refused with exit status 2."""
-    p = make_parser()
-    args = p.parse_args(argv)
-    if args.awp == 0:
-        runs.without_effect(p, args, "--awp 0", "awp_warmup")
-    return runs.resolve(p, args, "trades")
+    return resolve(p, p.parse_args(argv), "trades")
 
 
 def divergence(log_p, log_q):
@@ -98,7 +110,7 @@ def divergence(log_p, log_q):
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
-def trades_attack(model, forward, x, start, eps, args):
+def trades_attack(model, x, start, eps, args):
     """x' (B, 3, 32, 32): steps of alpha from `start` up the gradient of KL(f(x) || f(x')).
 
     f(x) does not change meanwhile, so with --bn-mode eval it is computed once. The reference makes a natural
@@ -108,29 +120,17 @@ def trades_attack(model, forward, x, start, eps, args):
     x_adv = start
     with attack_mode(model, args.bn_mode):
         with torch.no_grad():
-            log_p = F.log_softmax(forward(x), dim=1) if args.bn_mode == "eval" else None
+            log_p = F.log_softmax(model(x), dim=1) if args.bn_mode == "eval" else None
         for _ in range(args.steps):
             x_adv = x_adv.detach().requires_grad_()
-            log_q = F.log_softmax(forward(x_adv), dim=1)
+            log_q = F.log_softmax(model(x_adv), dim=1)
             if args.bn_mode == "train":
                 with torch.no_grad():
-                    log_p = F.log_softmax(forward(x), dim=1)
+                    log_p = F.log_softmax(model(x), dim=1)
             grad, = torch.autograd.grad(divergence(log_p, log_q), x_adv)
             with torch.no_grad():
                 x_adv = linf_step(x, x_adv, grad, eps, args.alpha)
     return x_adv
-
-
-def make_attack(model, forward, args):
-    """attack(x, eps, generator): trades_attack from x + 0.001 N(0, 1)."""
-    def iterate(x, start, eps):
-        return trades_attack(model, forward, x, start, eps, args)
-
-    replay = runs.graphed(iterate, model, args.compile)
-
-    def attack(x, eps, generator):
-        return replay(x, x + 0.001 * torch.empty_like(x).normal_(generator=generator), eps)
-    return attack
 
 
 def trades_loss(natural, adversarial, y, beta):
@@ -139,10 +139,18 @@ def trades_loss(natural, adversarial, y, beta):
     return F.cross_entropy(natural, y) + beta * robust
 
 
-def train_step(model, forward, optimizer, x, x_adv, y, args, gamma=0):
-    """One update. Returns the loss () and the logits (B, K) of the adversarial and of the natural images."""
-    moved = perturb_weights(model, lambda: trades_loss(forward(x), forward(x_adv), y, args.beta), gamma)
-    natural, adversarial = forward(x), forward(x_adv)  # in this order: both move the running statistics
+def train_step(model, optimizer, x, y, eps, epoch, noise, args):
+    """One step of TRADES: the attack, then an update on the images and its own.
+
+    x (B, 3, 32, 32) in [0, 1], y (B,); noise: the generator of the attack's start. Returns the loss () and
+    the logits (B, K) of the adversarial and of the natural images.
+    """
+    start = x + 0.001 * torch.empty_like(x).normal_(generator=noise)
+    x_adv = trades_attack(model, x, start, eps, args)
+
+    gamma = args.awp if epoch >= args.awp_warmup else 0
+    moved = perturb_weights(model, lambda: trades_loss(model(x), model(x_adv), y, args.beta), gamma)
+    natural, adversarial = model(x), model(x_adv)  # in this order: both move the running statistics
     loss = trades_loss(natural, adversarial, y, args.beta)
     optimizer.zero_grad()
     loss.backward()
@@ -151,76 +159,70 @@ def train_step(model, forward, optimizer, x, x_adv, y, args, gamma=0):
     return loss.detach(), adversarial.detach(), natural.detach()
 
 
-def train_epoch(model, forward, attack, optimizer, images, labels, args, epoch, average=None):
-    """One pass over the training images (N, 32, 32, 3) uint8. Returns the epoch's part of its log line."""
-    device, steps = images.device, math.ceil(len(labels) / args.batch_size)
-    gamma = args.awp if epoch >= args.awp_warmup else 0
-    meter, generator = runs.Meter(device), seeded(device, args.seed, "data", epoch)
-    stream = batches(images, labels, args.batch_size, generator, padding="zero", share=runs.share())
-    model.train()
-    shown = runs.progress(stream, len(labels), f"epoch {epoch + 1}/{args.epochs}", meter)
-    for step, (x, y) in enumerate(shown):
-        lr, eps = schedule(epoch + step / steps, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        x_adv = attack(x, eps, seeded(device, args.seed, "attack", epoch, step, runs.rank()))
-        loss, logits, clean_logits = train_step(model, forward, optimizer, x, x_adv, y, args, gamma)
-        meter.add(loss, y, logits, clean_logits)
-        runs.share_statistics(model)
-        if average is not None:
-            update_average(average, model, ema_decay(epoch * steps + step, args.ema))
-    mean_loss, adv_acc, clean_acc = meter.read()
-    return {"lr": lr, "eps": eps,
-            "train_loss": mean_loss, "train_adv_acc": adv_acc, "train_clean_acc": clean_acc}
-
-
-def test(model, forward, images, labels, args, epoch, split):
-    """{SPLIT_clean, SPLIT_pgd10}: accuracies in per cent. PGD-10 steps by 2/255, whatever --alpha is."""
-    with attack_mode(model, "eval"):
-        flags = pgd_evaluate(forward, images, labels, eps=args.eps, seed=(args.seed, epoch),
-                             batch_size=args.test_batch_size, share=runs.share())
-    clean, robust, _ = runs.sum_over_processes(flags)
-    return {f"{split}_clean": percent(clean), f"{split}_pgd10": percent(robust)}
-
-
 def main():
     args = parse_args()
-    device = runs.start(args)
-    runs.check_folder(args, make_parser())
-    data = runs.load(args, device)
-    runs.check_split(args, len(data.train_labels) - args.val, device)
-    if args.awp and runs.world() > 1:
-        raise InputError("--awp takes one process: each of several would perturb the weights in its own way")
-    torch.manual_seed(args.seed)
-    with torch.device("meta" if args.dry_run else "cpu"):  # initialised on the CPU, so alike on every device
-        model = models.build(args.model, data.num_classes, args.activation, NORMALIZE)
-    runs.show_setting(args, model, data)
+    for key, value in vars(args).items():
+        print(f"  --{key.replace('_', '-'):17} {value}")
     if args.dry_run:
         return
+    device = start(args)
+    data = load_dataset(args.dataset, device, args.data_dir)
+    (images, labels), val = training_images(data, args.n_train, args.val)
+    check_processes(args, len(labels), device)
 
-    train, val = hold_out(data.train_images, data.train_labels, args.val)
-    splits = {"test": (data.test_images, data.test_labels)} | ({"val": val} if val else {})
-    model = runs.sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
-    forward = runs.make_forward(model, args.precision, args.compile)
-    attack = make_attack(model, forward, args)
+    torch.manual_seed(args.seed)  # the model is initialised on the CPU, so alike on every device
+    model = models.build(args.model, data.num_classes, args.activation, NORMALIZE, args.precision == "bf16")
+    model = sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, args.optimizer, args.lr, args.wd, args.momentum)
-    runs.average_gradients(optimizer)
-
-    state = {"model": model, "optimizer": optimizer}  # what a run saves and --resume restores
-    average, tested, forward_tested = None, model, forward
+    average_gradients(optimizer)
+    state = {"model": model, "optimizer": optimizer}  # what is saved, and restored by --resume
     if args.ema:
-        state["average"] = average = tested = copy.deepcopy(model)
-        forward_tested = runs.make_forward(average, args.precision, args.compile)
-    about = {"num_classes": data.num_classes, "normalize": NORMALIZE}
+        state["average"] = copy.deepcopy(model)
+    tested = state.get("average", model)
+    if args.compile:
+        compile_model(model)
+        compile_model(tested)
+    tests = {"test": (data.test_images, data.test_labels)} | ({"val": val} if val else {})
     measure = "val_pgd10" if val else "test_pgd10"  # chooses the best epoch
-    with runs.Run(args, make_parser(), state, about, data.sha256, measure, tested) as run:
-        for epoch in range(run.epoch, args.epochs):
-            entry = train_epoch(model, forward, attack, optimizer, *train, args, epoch, average)
-            if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-                for split, (images, labels) in splits.items():
-                    entry |= test(tested, forward_tested, images, labels, args, epoch, split)
-            run.save(entry)
+    about = {"args": vars(args), "num_classes": data.num_classes, "normalize": NORMALIZE, "measure": measure,
+             "data_sha256": data.sha256}
+    folder_lock = lock(args.out)  # until this process ends
+    log = resume(args, parse_args([]), state, about)
+    steps = math.ceil(len(labels) / args.batch_size)
+    print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {args.epochs} epochs of "
+          f"{len(labels):,} images, {steps:,} steps each; {len(data.test_labels):,} test images")
+
+    for epoch in range(len(log), args.epochs):
+        began, meter, order = time.time(), Meter(device), seeded(device, args.seed, "data", epoch)
+        stream = batches(images, labels, args.batch_size, order, padding="zero", shard=shard())
+        model.train()
+        for step, (x, y) in enumerate(progress(stream, f"epoch {epoch + 1}", steps)):
+            lr, eps = schedule(epoch + step / steps, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            noise = seeded(device, args.seed, "attack", epoch, step, rank())
+            loss, logits, clean_logits = train_step(model, optimizer, x, y, eps, epoch, noise, args)
+            meter.add(loss, y, logits, clean_logits)
+            broadcast_statistics(model)
+            if args.ema:
+                update_average(tested, model, ema_decay(epoch * steps + step, args.ema))
+
+        loss, adv_acc, clean_acc = meter.read()
+        entry = {"epoch": epoch + 1, "lr": lr, "eps": eps, "train_loss": loss, "train_adv_acc": adv_acc,
+                 "train_clean_acc": clean_acc}
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            for split, subset in tests.items():
+                clean, robust = evaluate(tested, *subset, args.eps, seed=(args.seed, epoch),
+                                         batch_size=args.test_batch_size)
+                entry |= {f"{split}_clean": percent(clean), f"{split}_pgd10": percent(robust)}
+        log.append(entry | {"seconds": round(time.time() - began, 2)})
+        save(args.out, state, log, about)
+        show_epoch(log, args, measure)
+
+    chosen = best(log, measure)
+    print(f"best of {args.epochs} epochs: epoch {chosen['epoch']}, {measure} {chosen[measure]:.2f}: "
+          f"{args.out}/best.pt\nevaluate it with: python eval_aa.py {args.out}")
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run_script(main)

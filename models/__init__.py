@@ -8,15 +8,14 @@ released load with strict=True. "ResNet-18" in Pang et al. 2021 is the *pre-acti
 `preactresnet-18`.
 """
 
-import difflib
 from functools import partial
 
-import torch
 from torch import nn
 
 from .densenet import DenseNet
 from .dpn import DPN
 from .googlenet import GoogLeNet
+from .network import CIFAR_NORMALIZE, Network, Normalize
 from .preactresnet import PreActBlock, PreActBottleneck, PreActResNet
 from .regnet import RegNetX
 from .resnet import BasicBlock, Bottleneck, ResNet
@@ -59,35 +58,19 @@ MODELS = {
     "tiny": partial(PreActResNet, PreActBlock, (1, 1, 1, 1), width=16, stem_stride=2),
 }
 
-# Channel means and standard deviations of CIFAR-10's training set. PGD-AT normalises by them, TRADES by none.
-CIFAR_NORMALIZE = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 
-
-class Normalize(nn.Module):
-    """(x - mean) / std per channel, for x (B, 3, H, W). Its buffers stay out of the state dict."""
-
-    def __init__(self, mean, std):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
-
-    def forward(self, x):
-        return (x - self.mean) / self.std
-
-
-def build(name, num_classes=10, activation="relu", normalize=None):
+def build(name, num_classes=10, activation="relu", normalize=None, bf16=False):
     """A freshly initialised model that maps x (B, 3, 32, 32) in [0, 1] to logits (B, num_classes).
 
     name: a key of MODELS; activation: a key of ACTIVATIONS; normalize: None or (mean, std), three floats
     each, applied inside the model so that attacks live in [0, 1] (Pang et al.'s PGD-AT: CIFAR_NORMALIZE;
-    TRADES: None). Raises ValueError for an unknown name.
+    TRADES: None); bf16: compute under bfloat16 autocast. Raises ValueError for an unknown name.
     """
     for what, key, known in (("model", name, MODELS), ("activation", activation, ACTIVATIONS)):
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"unknown {what} {key!r}: {hint}there is {', '.join(known)}")
+            raise ValueError(f"unknown {what} {key!r}: there is {', '.join(known)}")
     model = MODELS[name](num_classes=num_classes, act=ACTIVATIONS[activation])
     if normalize is not None:
         model.normalize = Normalize(*normalize)
+    model.bf16 = bf16
     return model

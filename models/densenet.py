@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .network import Network
+
 
 class Bottleneck(nn.Module):
     """BN - act - conv1x1 - BN - act - conv3x3; the growth_rate new channels come before the input's."""
@@ -37,12 +39,11 @@ class Transition(nn.Module):
         return F.avg_pool2d(self.conv(self.act(self.bn(x))), 2)
 
 
-class DenseNet(nn.Module):
+class DenseNet(Network):
     """x (B, 3, 32, 32) in [0, 1] -> logits (B, num_classes). Four stages of num_blocks[i] bottlenecks."""
 
     def __init__(self, num_blocks, growth_rate, num_classes, act):
         super().__init__()
-        self.normalize = nn.Identity()
         planes = 2 * growth_rate
         self.conv1 = nn.Conv2d(3, planes, 3, padding=1, bias=False)
         for i, n in enumerate(num_blocks, 1):
@@ -56,8 +57,8 @@ class DenseNet(nn.Module):
         self.act = act()
         self.linear = nn.Linear(planes, num_classes)
 
-    def forward(self, x):
-        out = self.conv1(self.normalize(x))
+    def logits(self, x):
+        out = self.conv1(x)
         out = self.trans1(self.dense1(out))
         out = self.trans2(self.dense2(out))
         out = self.trans3(self.dense3(out))

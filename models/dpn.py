@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .network import Network
+
 
 class Bottleneck(nn.Module):
     """conv1x1 - BN - act - conv3x3 in 32 groups - BN - act - conv1x1 - BN, joined to the shortcut, then act.
@@ -37,12 +39,11 @@ class Bottleneck(nn.Module):
         return self.act(torch.cat((shortcut[:, :d] + out[:, :d], shortcut[:, d:], out[:, d:]), 1))
 
 
-class DPN(nn.Module):
+class DPN(Network):
     """x (B, 3, 32, 32) in [0, 1] -> logits (B, num_classes). Four stages of 256 to 2048 residual channels."""
 
     def __init__(self, num_blocks, num_classes, act):
         super().__init__()
-        self.normalize = nn.Identity()
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.act = act()
@@ -57,7 +58,7 @@ class DPN(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
         self.linear = nn.Linear(in_planes, num_classes)
 
-    def forward(self, x):
-        out = self.act(self.bn1(self.conv1(self.normalize(x))))
+    def logits(self, x):
+        out = self.act(self.bn1(self.conv1(x)))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.linear(out.mean((2, 3)))

@@ -7,6 +7,8 @@ layer as the stem, and no auxiliary classifiers.
 import torch
 from torch import nn
 
+from .network import Network
+
 # Output channels: of the 1x1 branch; (reduction, 3x3); (reduction, 5x5); of the pooling branch.
 INCEPTIONS = {
     "a3": (64, (96, 128), (16, 32), 32),
@@ -48,12 +50,11 @@ class Inception(nn.Module):
         return torch.cat((self.b1(x), self.b2(x), self.b3(x), self.b4(x)), 1)
 
 
-class GoogLeNet(nn.Module):
+class GoogLeNet(Network):
     """x (B, 3, 32, 32) in [0, 1] -> logits (B, num_classes). Stages 3 to 5 have 2, 5, 2 inception modules."""
 
     def __init__(self, num_classes, act):
         super().__init__()
-        self.normalize = nn.Identity()
         planes = 192
         self.pre_layers = nn.Sequential(*conv_bn_act(3, planes, 3, act))
         for name, branches in INCEPTIONS.items():
@@ -63,8 +64,8 @@ class GoogLeNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.linear = nn.Linear(planes, num_classes)
 
-    def forward(self, x):
-        out = self.pre_layers(self.normalize(x))
+    def logits(self, x):
+        out = self.pre_layers(x)
         out = self.maxpool(self.b3(self.a3(out)))
         out = self.maxpool(self.e4(self.d4(self.c4(self.b4(self.a4(out))))))
         out = self.b5(self.a5(out)).mean((2, 3))

@@ -6,6 +6,8 @@ authors' released code has.
 
 from torch import nn
 
+from .network import Network
+
 
 class PreActBlock(nn.Module):
     """BN - act - conv3x3 - BN - act - conv3x3, plus the shortcut."""
@@ -62,12 +64,11 @@ def projection(in_planes, out_planes, stride):
     return nn.Sequential(nn.Conv2d(in_planes, out_planes, 1, stride, bias=False))
 
 
-class PreActResNet(nn.Module):
+class PreActResNet(Network):
     """x (B, 3, 32, 32) in [0, 1] -> logits (B, num_classes). Four stages of width, 2, 4 and 8 times width."""
 
     def __init__(self, block, num_blocks, num_classes, act, width=64, stem_stride=1):
         super().__init__()
-        self.normalize = nn.Identity()
         self.conv1 = nn.Conv2d(3, width, 3, stem_stride, padding=1, bias=False)
         in_planes = width
         for i, n in enumerate(num_blocks):
@@ -82,8 +83,8 @@ class PreActResNet(nn.Module):
         self.act = act()
         self.linear = nn.Linear(in_planes, num_classes)
 
-    def forward(self, x):
-        out = self.conv1(self.normalize(x))
+    def logits(self, x):
+        out = self.conv1(x)
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         out = self.act(self.bn(out)).mean((2, 3))
         return self.linear(out)

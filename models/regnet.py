@@ -4,6 +4,8 @@ channels and stride 1 and whose first two stages keep the 32x32 resolution.
 
 from torch import nn
 
+from .network import Network
+
 
 class Block(nn.Module):
     """conv1x1 - BN - act - grouped conv3x3 - BN - act - conv1x1 - BN, plus the shortcut, then act."""
@@ -29,12 +31,11 @@ class Block(nn.Module):
         return self.act(out + self.shortcut(x))
 
 
-class RegNetX(nn.Module):
+class RegNetX(Network):
     """x (B, 3, 32, 32) in [0, 1] -> logits (B, num_classes). Four stages of depths[i] blocks of widths[i]."""
 
     def __init__(self, depths, widths, group_width, num_classes, act):
         super().__init__()
-        self.normalize = nn.Identity()
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.act = act()
@@ -48,7 +49,7 @@ class RegNetX(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
         self.linear = nn.Linear(in_planes, num_classes)
 
-    def forward(self, x):
-        out = self.act(self.bn1(self.conv1(self.normalize(x))))
+    def logits(self, x):
+        out = self.act(self.bn1(self.conv1(x)))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.linear(out.mean((2, 3)))

@@ -6,6 +6,8 @@ Not the "ResNet" of Pang et al. (2021): that is in preactresnet.py.
 
 from torch import nn
 
+from .network import Network
+
 
 class BasicBlock(nn.Module):
     """conv3x3 - BN - act - conv3x3 - BN, plus the shortcut, then act."""
@@ -57,12 +59,11 @@ def projection(in_planes, out_planes, stride):
     return nn.Sequential(nn.Conv2d(in_planes, out_planes, 1, stride, bias=False), nn.BatchNorm2d(out_planes))
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """x (B, 3, 32, 32) in [0, 1] -> logits (B, num_classes). Four stages of 64, 128, 256 and 512 planes."""
 
     def __init__(self, block, num_blocks, num_classes, act):
         super().__init__()
-        self.normalize = nn.Identity()
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.act = act()
@@ -77,7 +78,7 @@ class ResNet(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
         self.linear = nn.Linear(in_planes, num_classes)
 
-    def forward(self, x):
-        out = self.act(self.bn1(self.conv1(self.normalize(x))))
+    def logits(self, x):
+        out = self.act(self.bn1(self.conv1(x)))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.linear(out.mean((2, 3)))

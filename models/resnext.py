@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from .network import Network
+
 
 class Block(nn.Module):
     """conv1x1 - BN - act - grouped conv3x3 - BN - act - conv1x1 (twice as wide) - BN, plus shortcut, act."""
@@ -28,13 +30,12 @@ class Block(nn.Module):
         return self.act(out + self.shortcut(x))
 
 
-class ResNeXt(nn.Module):
+class ResNeXt(Network):
     """x (B, 3, 32, 32) in [0, 1] -> logits (B, num_classes). Three stages of cardinality groups, each group
     group_width, 2 and 4 times group_width channels wide."""
 
     def __init__(self, num_blocks, cardinality, group_width, num_classes, act):
         super().__init__()
-        self.normalize = nn.Identity()
         self.conv1 = nn.Conv2d(3, 64, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.act = act()
@@ -49,7 +50,7 @@ class ResNeXt(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
         self.linear = nn.Linear(in_planes, num_classes)
 
-    def forward(self, x):
-        out = self.act(self.bn1(self.conv1(self.normalize(x))))
+    def logits(self, x):
+        out = self.act(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         return self.linear(out.mean((2, 3)))

@@ -5,6 +5,8 @@ pooling.
 
 from torch import nn
 
+from .network import Network
+
 
 class PreActBlock(nn.Module):
     """BN - act - conv3x3 - BN - act - conv3x3, scaled per channel by a gate in (0, 1), plus the shortcut."""
@@ -33,12 +35,11 @@ class PreActBlock(nn.Module):
         return out * gate + shortcut
 
 
-class SENet(nn.Module):
+class SENet(Network):
     """x (B, 3, 32, 32) in [0, 1] -> logits (B, num_classes). Four stages of 64, 128, 256 and 512 planes."""
 
     def __init__(self, num_blocks, num_classes, act):
         super().__init__()
-        self.normalize = nn.Identity()
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.act = act()
@@ -53,7 +54,7 @@ class SENet(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
         self.linear = nn.Linear(in_planes, num_classes)
 
-    def forward(self, x):
-        out = self.act(self.bn1(self.conv1(self.normalize(x))))
+    def logits(self, x):
+        out = self.act(self.bn1(self.conv1(x)))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.linear(out.mean((2, 3)))

@@ -1,12 +1,14 @@
 """Wide ResNets (Zagoruyko & Komodakis, 2016) without dropout; names and layers as in yaodongyu/TRADES.
 
 Released WRN checkpoints also carry `sub_block1.*`, a block that no forward pass uses: drop those keys on
-loading (runs.load_checkpoint does).
+loading (utils.load_checkpoint does).
 """
 
 import math
 
 from torch import nn
+
+from .network import Network
 
 
 class BasicBlock(nn.Module):
@@ -45,7 +47,7 @@ class NetworkBlock(nn.Module):
         return self.layer(x)
 
 
-class WideResNet(nn.Module):
+class WideResNet(Network):
     """x (B, 3, 32, 32) in [0, 1] -> logits (B, num_classes). depth = 6 n + 4: n blocks in each stage."""
 
     def __init__(self, depth, widen_factor, num_classes, act):
@@ -54,7 +56,6 @@ class WideResNet(nn.Module):
         if rest:
             raise ValueError(f"depth {depth} is not 6 n + 4")
         widths = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
-        self.normalize = nn.Identity()
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.block1 = NetworkBlock(n, widths[0], widths[1], 1, act)
         self.block2 = NetworkBlock(n, widths[1], widths[2], 2, act)
@@ -72,8 +73,8 @@ class WideResNet(nn.Module):
                 nn.init.normal_(m.weight, 0, math.sqrt(2 / (k * k * m.out_channels)))
         nn.init.zeros_(self.fc.bias)
 
-    def forward(self, x):
-        out = self.conv1(self.normalize(x))
+    def logits(self, x):
+        out = self.conv1(x)
         out = self.block3(self.block2(self.block1(out)))
         out = self.act(self.bn1(out)).mean((2, 3))
         return self.fc(out)

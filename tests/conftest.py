@@ -1,11 +1,12 @@
 """Shared by the tests: the scripts are imported from the top of the repository, and run small."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-# a second thread gains nothing on such small tensors, and waits on a busy machine
+# A second thread gains nothing on such small tensors, and waits on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
@@ -14,6 +15,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import train_pgdat
+import utils
+
+TINY = ("--model", "tiny", "--batch-size", 48, "--lr", 0.05)
+needs_bf16 = pytest.mark.skipif("bf16" not in utils.cpu_info(), reason="this CPU has no bf16 instructions")
 
 
 @pytest.fixture(scope="session")
@@ -29,21 +36,38 @@ def small_npz(tmp_path_factory):
 @pytest.fixture
 def script(monkeypatch, capfd):
     """script(module, *argv): runs its main as from the command line -> (exit status, stdout, stderr)."""
-    import runs
-
     def run(module, *argv):
         monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, argv)])
         capfd.readouterr()
         try:
-            runs.run_script(module.main)
-            status = 0
+            utils.run_script(module.main)
         except SystemExit as e:
-            if isinstance(e.code, str):
-                print(e.code, file=sys.stderr)
-            status = e.code if isinstance(e.code, int) else int(e.code is not None)
+            status = e.code
         out, err = capfd.readouterr()
         return status, out, err
     return run
+
+
+@pytest.fixture
+def train(script, small_npz, tmp_path):
+    """train(*argv): two epochs of the tiny network, into tmp_path/run -> (status, stdout, stderr)."""
+    def run(*argv, out=tmp_path / "run", epochs=2):
+        return script(train_pgdat, *TINY, "--dataset", small_npz, "--epochs", epochs, "--out", out, *argv)
+    return run
+
+
+def log(folder):
+    """The entries of a run's log.jsonl."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same_run(a, b):
+    """Check that two folders hold the same weights in best.pt and last.pt, and, but for times, one log."""
+    for name in ("last.pt", "best.pt"):
+        one, other = (utils.load_checkpoint(folder / name) for folder in (a, b))
+        assert one["epoch"] == other["epoch"]
+        assert all(torch.equal(one["state_dict"][k], other["state_dict"][k]) for k in one["state_dict"])
+    assert [{**e, "seconds": 0} for e in log(a)] == [{**e, "seconds": 0} for e in log(b)]
 
 
 def spawn(*argv, cwd=ROOT, **env):

@@ -283,7 +283,6 @@ UNSTATED = (
 
 NOT_THE_PAPERS = (
     "quickstart", "quickstart-trades", "x-r18-bntrain-clean0", "x-r18-bneval-clean0",
-    "x-tiny-bneval-clean0", "x-tiny-bneval-clean2", "x-tiny-bntrain-clean2", "x-tiny-bneval-ema",
     "x-r18-ema", "x-r18-awp", "x-r18-ema-awp", "x-trades-r18-awp",
 )
 

@@ -128,51 +128,53 @@ def test_the_attack_computes_no_weight_gradient(monkeypatch):
     assert wanted and all(mask[0] and not mask[1] for mask in wanted)
 
 
-@pytest.mark.parametrize("loss", ["ce", "cw"])
-def test_evaluation_counts_last_and_worst_iterate_over_restarts(loss):
-    """`last` and `worst` against a loop over images, restarts and iterates."""
+@pytest.mark.parametrize("steps", [0, 4])
+def test_evaluation_image_by_image(steps, monkeypatch):
+    """Clean, and under the last iterate of one uniform start, against a loop over images and iterates."""
     g = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (60, 6, 6, 3), dtype=torch.uint8, generator=g)
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(108, 50), torch.nn.Tanh(),
-                                torch.nn.Linear(50, 4))
-    model[1].weight.data *= 20  # so crooked that an attack can lose what it had gained
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(108, 50),
+                                torch.nn.Tanh(), torch.nn.Linear(50, 4)).eval()
+    model[2].weight.data *= 20  # so crooked that an attack can lose what it had gained
     labels = model(utils.to_float(images)).argmax(1)
     labels[:3] = (labels[:3] + 1) % 4  # some misclassified without attack
-    loss_fn = {"ce": torch.nn.functional.cross_entropy, "cw": utils.cw_loss}[loss]
-    eps, alpha, steps = 0.03, 0.06, 4
-    clean, last, worst = utils.pgd_evaluate(model, images, labels, eps=eps, alpha=alpha, steps=steps,
-                                            restarts=2,
-                                             loss=loss_fn, seed=5, batch_size=8)
+    eps, alpha = 0.03, 0.06
+    noise = torch.empty(images.shape).uniform_(-eps, eps, generator=utils.seeded("cpu", 5, "evaluation", 0))
+    want, lost_on_the_way = [], 0
     for i in range(len(images)):
-        first = i - i % 8
-        x = utils.to_float(images[first : first + 8])
-        ok_last = ok_worst = ok_clean = bool(model(x)[i - first].argmax() == labels[i])
-        for restart in range(2):
-            noise = torch.empty(images.shape).uniform_(-eps, eps,
-                                                       generator=utils.seeded("cpu", 5, "evaluation",
-                                                                              restart))
-            it = (x + noise[first : first + 8].permute(0, 3, 1, 2)).clamp(0, 1)
-            for step in range(steps + 1):
-                right = bool(model(it)[i - first].argmax() == labels[i])
-                ok_worst &= right
-                if step == steps:
-                    ok_last &= right
-                else:
-                    it = it.detach().requires_grad_()
-                    grad, = torch.autograd.grad(loss_fn(model(it), labels[first : first + 8],
-                                                        reduction="sum"), it)
-                    it = (it + alpha * grad.sign()).detach()
-                    it = torch.max(torch.min(it, x + eps), x - eps).clamp(0, 1)
-        assert (clean[i], last[i], worst[i]) == (ok_clean, ok_last, ok_worst)
-    assert 0 < worst.sum() < last.sum() < clean.sum() < 60
-    whole = utils.pgd_evaluate(model, images, labels, eps=eps, alpha=alpha, steps=steps, restarts=2,
-                               loss=loss_fn, seed=5, batch_size=60)
-    assert all(map(torch.equal, whole, (clean, last, worst)))  # the batch size changes nothing
-    parts = [utils.pgd_evaluate(model, images, labels, eps=eps, alpha=alpha, steps=steps, restarts=2,
-                                loss=loss_fn,
-                                seed=5, batch_size=7, share=slice(rank, None, 2)) for rank in (0, 1)]
-    assert torch.equal(parts[0] + parts[1], whole) and not (parts[0] & parts[1]).any()
+        x, y = utils.to_float(images[i : i + 1]), labels[i : i + 1]
+        clean = model(x).argmax(1) == y
+        it, right = (x + noise[i : i + 1].permute(0, 3, 1, 2)).clamp(0, 1), []
+        for step in range(steps + 1):
+            right.append(model(it).argmax(1) == y)
+            it = it.detach().requires_grad_()
+            grad, = torch.autograd.grad(torch.nn.functional.cross_entropy(model(it), y), it)
+            it = torch.max(torch.min(it + alpha * grad.sign(), x + eps), x - eps).clamp(0, 1)
+        want.append((clean.item(), (right[-1] if steps else clean).item()))
+        lost_on_the_way += not all(right) and right[-1].item()
+    want = torch.tensor(want).T
+    assert not steps or (0 < want[1].sum() < want[0].sum() < 60 and lost_on_the_way)
+
+    model.train()  # an evaluation is in eval mode whatever the model's
+    measure = {"eps": eps, "alpha": alpha, "steps": steps, "seed": 5}
+    for batch_size in (8, 60):
+        assert torch.equal(utils.evaluate(model, images, labels, batch_size=batch_size, **measure), want)
+    assert model.training
+    monkeypatch.setattr(utils, "sum_over_processes", lambda flags: flags)
+    monkeypatch.setattr(utils, "world", lambda: 2)
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(utils, "rank", lambda: rank)
+        parts.append(utils.evaluate(model, images, labels, batch_size=7, **measure))
+    assert torch.equal(parts[0] + parts[1], want) and not (parts[0] & parts[1]).any()
+
+
+def test_evaluation_is_pgd10_unless_told_otherwise(monkeypatch):
+    calls = []
+    monkeypatch.setattr(utils, "pgd", lambda model, x, y, start, *rest: calls.append(rest) or start)
+    utils.evaluate(models.build("tiny"), torch.zeros(3, 32, 32, 3, dtype=torch.uint8), torch.arange(3), 0.1)
+    assert calls == [(0.1, 2 / 255, 10)]
 
 
 def test_logits_that_are_not_finite_are_never_right():

@@ -1,4 +1,4 @@
-"""tools/compare_authors.py fails where the sides differ; the authors' part is played by a textbook PGD-AT.
+"""tools/compare_authors.py fails where the sides differ; the authors' part is played by the textbook.
 
 With BAG_OF_TRICKS_CLONE (and AT_HE_CLONE) naming clones of their code, the comparison itself runs too.
 """
@@ -11,12 +11,13 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import spawn
 
 import models
 import train_pgdat
+import train_trades
 import utils
+from tests.reference import pgdat_step, trades_step
 from tools import compare_authors as tool
 
 
@@ -27,76 +28,51 @@ def float64(monkeypatch):
         yield
 
 
-def other_classes(logits, y, s):
-    """Cross-entropy with target 1 - s on the label and s / 9 on each of the nine other classes."""
-    target = torch.full_like(logits, s / 9)
-    target[range(len(y)), y] = 1 - s
-    return -(target * logits.log_softmax(1)).sum(1).mean()
-
-
-def all_classes(logits, y, s):
-    return F.cross_entropy(logits, y, label_smoothing=s)
-
-
-def textbook(setting, state, batches, bn_mode="train", smoothing=0.0, loss=other_classes, clean_passes=2,
-             attacked=True):
-    """PGD-AT with SGD; besides the usual forward passes, one ends the attack and two see clean images."""
-    model, images = tool.our_model(setting.network, normalize=models.CIFAR_NORMALIZE), {}
+def textbook(script, setting, state, batches, flags):
+    """What tests/reference.py does under the flags of our script: the part of the authors."""
+    args = script.parse_args(flags.split())
+    model = tool.our_model(setting.network, normalize=script.NORMALIZE)
     model.load_state_dict(state)
-    momentum = [torch.zeros_like(p) for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.wd)
+    step, images = pgdat_step if script is train_pgdat else trades_step, {}
     for i, (x, y) in enumerate(batches):
         torch.manual_seed(tool.NOISE + i)
-        delta = torch.zeros_like(x).uniform_(-8 / 255, 8 / 255) if attacked else 0
-        model.train(bn_mode == "train")
-        for _ in range(10 if attacked else 0):
-            x_adv = (x + delta).clamp(0, 1).requires_grad_()
-            gradient, = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)
-            delta = (x_adv.detach() - x + 2 / 255 * gradient.sign()).clamp(-8 / 255, 8 / 255)
-        images[i] = (x + delta).clamp(0, 1)
-        if attacked:
-            model(images[i])
-        model.train().zero_grad()
-        loss(model(images[i]), y, smoothing).backward()
-        if clean_passes == 2:
-            model(x)
-        with torch.no_grad():
-            for p, m in zip(model.parameters(), momentum):
-                p -= 0.1 * m.mul_(0.9).add_(p.grad + 5e-4 * p)
-        if clean_passes:
-            model(x)
-    lr = dict.fromkeys(images, torch.tensor(0.1))
-    return {"lr": lr, "eps": {}, "images": images, **tool.tensors(model)}
+        images[i], _ = step(model, optimizer, x, y, None, args)
+    return {"lr": dict.fromkeys(images, torch.tensor(args.lr)), "eps": {}, "images": images,
+            **tool.tensors(model)}
 
 
-def row(flags="", expect="equal", **mistake):
-    setting = tool.Setting("", "", flags, expect=expect)
-    return tool.compare_steps(setting, partial(textbook, **mistake), partial(tool.our_steps, train_pgdat))
+def row(ours, theirs, script=train_pgdat):
+    """The row of our step under some flags beside the textbook's under others."""
+    both = partial(textbook, script, flags=theirs), partial(tool.our_steps, script)
+    return tool.compare_steps(tool.Setting("", "", ours), *both)
 
 
-@pytest.mark.parametrize("flags, same", [
-    ("", {}),
-    ("--bn-mode eval --ls 0.1", {"bn_mode": "eval", "smoothing": 0.1}),
-    ("--attack none", {"attacked": False}),
+@pytest.mark.parametrize("script, flags", [
+    (train_pgdat, ""), (train_pgdat, "--bn-mode eval --ls 0.1"), (train_pgdat, "--attack none"),
+    (train_trades, "--bn-mode train"), (train_trades, "--eps 0.031 --alpha 0.007"),
 ])
-def test_equal_steps_pass(flags, same):
-    result = row(flags, **same)
+def test_equal_steps_pass(script, flags):
+    result = row(flags, flags, script)
     assert result["ok"] and result["verdict"] == "equal" and result["eps"] is None
-    assert max(result[part] for part in ("lr", "images", "weights", "statistics")) < 1e-12
+    assert (result["images"] is None) == (flags == "--attack none")  # recorded where an attack is made
+    assert max(result[part] or 0 for part in ("lr", "images", "weights", "statistics")) < 1e-12
 
 
-@pytest.mark.parametrize("flags, mistake, first", [
-    ("--ls 0.1", {"smoothing": 0.1, "loss": all_classes}, "weights"),
-    ("", {"clean_passes": 1}, "statistics"),
-    ("--attack none", {"attacked": False, "clean_passes": 1}, "statistics"),
-    ("--attack none --wd 4.999e-4", {"attacked": False}, "weights"),
-    ("--attack none --lr 0.2", {"attacked": False}, "lr"),
+@pytest.mark.parametrize("ours, theirs, first", [
+    ("--ls 0.1", "--ls 0.09", "weights"),  # 0.1 over all ten classes is 0.09 over the others
+    ("--alpha 2/255", "--alpha 0.0078", "images"),
+    ("", "--bn-clean-passes 1", "statistics"),
+    ("--attack none", "--attack none --bn-clean-passes 1", "statistics"),
+    ("--attack none --wd 4.999e-4", "--attack none", "weights"),
+    ("--attack none --lr 0.2", "--attack none", "lr"),
 ])
-def test_a_planted_deviation_fails(flags, mistake, first):
-    result = row(flags, **mistake)
+def test_a_planted_deviation_fails(ours, theirs, first):
+    result = row(ours, theirs)
     assert not result["ok"] and result["verdict"] == "DIFFERS"
     assert result[first] > tool.TOLERANCE
     if first == "statistics":  # which do not enter training here
-        assert result["images"] < 1e-12 and result["weights"] < 1e-12
+        assert (result["images"] or 0) < 1e-12 and result["weights"] < 1e-12
 
 
 def test_what_a_row_expects():
@@ -209,9 +185,9 @@ def test_their_script_runs_as_it_is(clone, capfd, monkeypatch):
     assert files(clone) == before and capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("mistake, status", [({}, 0), ({"clean_passes": 1}, 1)])
+@pytest.mark.parametrize("mistake, status", [("", 0), ("--bn-clean-passes 1", 1)])
 def test_exit_status_and_figures(clone, script, tmp_path, monkeypatch, mistake, status):
-    theirs = partial(textbook, attacked=False, **mistake)
+    theirs = partial(textbook, train_pgdat, flags=f"--attack none {mistake}")
     monkeypatch.setattr(tool, "their_pgdat", lambda script, *problem: theirs(*problem))
     monkeypatch.setattr(tool, "PGDAT", [tool.Setting("standard", "", "--attack none")])
     monkeypatch.setattr(tool, "NETWORKS", {})

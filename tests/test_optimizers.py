@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import runs
 import utils
 
 LR, WD, MOMENTUM = 0.1, 5e-2, 0.9
@@ -76,9 +75,9 @@ def test_state_survives_a_checkpoint(name, tmp_path):
         optimizer = utils.make_optimizer(model, name, LR, WD, MOMENTUM)
         for i, grads in enumerate(gradients):
             if interrupted and i == 2:
-                runs.save_checkpoint(tmp_path / "c.pt", {"state_dict": model.state_dict(),
-                                                          "optimizer": optimizer.state_dict()})
-                saved, model = runs.load_checkpoint(tmp_path / "c.pt"), Net()
+                utils.save_checkpoint(tmp_path / "c.pt", {"state_dict": model.state_dict(),
+                                                           "optimizer": optimizer.state_dict()})
+                saved, model = utils.load_checkpoint(tmp_path / "c.pt"), Net()
                 model.load_state_dict(saved["state_dict"])
                 optimizer = utils.make_optimizer(model, name, LR, WD, MOMENTUM)
                 optimizer.load_state_dict(saved["optimizer"])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import models
 import train_trades
 import utils
+from tests.reference import statistics_by_hand, trades_step
 
 
 def setting(*argv):
@@ -24,75 +25,29 @@ def problem(scale=1.0):
     return model, torch.rand(8, 3, 32, 32, dtype=torch.float64), torch.randint(10, (8,))
 
 
-def kl(z_natural, z_adversarial):
-    """sum_i sum_k p_ik (log p_ik - log q_ik), from the logits, row by row; 0 log 0 = 0."""
-    total = 0
-    for a, b in zip(z_natural, z_adversarial):
-        log_p, log_q = a - torch.logsumexp(a, 0), b - torch.logsumexp(b, 0)
-        total = total + (log_p.exp() * (log_p - log_q)).sum()
-    return total
-
-
-def reference_step(model, x, y, args, start):
-    """One step as the reference makes it: two forwards in every attack step, weight gradients and all; plain
-    SGD.
-
-    Returns (x', loss, running statistics kept by hand).
-    """
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    stats = [(m.running_mean.clone(), m.running_var.clone()) for m in norms]
-
-    def forward(images, train):
-        inputs = []
-        hooks = [m.register_forward_pre_hook(lambda m, i: inputs.append(i[0].detach())) for m in norms]
-        model.train(train)
-        out = model(images)
-        for h in hooks:
-            h.remove()
-        if train:
-            for k, v in enumerate(inputs):
-                stats[k] = (0.9 * stats[k][0] + 0.1 * v.mean((0, 2, 3)),
-                            0.9 * stats[k][1] + 0.1 * v.transpose(0, 1).flatten(1).var(1, unbiased=True))
-        return out
-
-    train, x_adv = args.bn_mode == "train", start
-    for _ in range(args.steps):
-        x_adv = x_adv.detach().requires_grad_()
-        adversarial = forward(x_adv, train)
-        grad, = torch.autograd.grad(kl(forward(x, train), adversarial), x_adv)
-        x_adv = x_adv.detach() + args.alpha * grad.sign()
-        x_adv = torch.min(torch.max(x_adv, x - args.eps), x + args.eps).clamp(0, 1)
-    model.zero_grad()
-    natural = forward(x, True)
-    loss = F.cross_entropy(natural, y) + args.beta * kl(natural, forward(x_adv, True)) / len(x)
-    loss.backward()
-    with torch.no_grad():
-        for p in model.parameters():
-            p -= args.lr * (p.grad + args.wd * p)
-    return x_adv, loss, stats
-
-
 @pytest.mark.parametrize("bn_mode", ["train", "eval"])
 @pytest.mark.parametrize("eps, alpha", [("8/255", "2/255"), ("0.031", "0.007")])
-def test_a_step_is_the_references(bn_mode, eps, alpha):
+def test_a_step_is_the_references(bn_mode, eps, alpha, monkeypatch):
     """Attack, loss, weights and running statistics."""
     args = setting("--bn-mode", bn_mode, "--eps", eps, "--alpha", alpha, "--beta", 6)
     model, x, y = problem(scale=3)
-    ref = copy.deepcopy(model)
-    noise = torch.empty_like(x).normal_(generator=utils.seeded("cpu", 7))
-    want_adv, want_loss, stats = reference_step(ref, x, y, args, x + 0.001 * noise)
+    ref, before = copy.deepcopy(model), copy.deepcopy(model)
+    by_hand, sgd = statistics_by_hand(ref), torch.optim.SGD(ref.parameters(), args.lr, weight_decay=args.wd)
+    want_adv, want_loss = trades_step(ref, sgd, x, y, utils.seeded("cpu", 7), args)
 
-    attacked = copy.deepcopy(model)
-    got_adv = train_trades.make_attack(attacked, attacked, args)(x, args.eps, utils.seeded("cpu", 7))
-    torch.testing.assert_close(got_adv, want_adv, rtol=0, atol=1e-12)
-
+    got_adv, attack = [], train_trades.trades_attack
+    monkeypatch.setattr(train_trades, "trades_attack", lambda *a: got_adv.append(attack(*a)) or got_adv[0])
     optimizer = utils.make_optimizer(model, "sgd", args.lr, args.wd, 0.9)
-    x_adv = train_trades.make_attack(model, model, args)(x, args.eps, utils.seeded("cpu", 7))
-    loss, _, _ = train_trades.train_step(model, model, optimizer, x, x_adv, y, args)
+    loss, logits, clean_logits = train_trades.train_step(model, optimizer, x, y, args.eps, 0,
+                                                         utils.seeded("cpu", 7), args)
+    torch.testing.assert_close(got_adv[0], want_adv, rtol=0, atol=1e-12)
     assert loss.item() == pytest.approx(want_loss.item(), rel=1e-9)
+    torch.testing.assert_close(logits, before(want_adv))
+    torch.testing.assert_close(clean_logits, before(x))
     for p, q in zip(model.parameters(), ref.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-10)
-    for m, (mean, var) in zip((m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)), stats):
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for m, (mean, var) in zip(norms, by_hand.values(), strict=True):
         torch.testing.assert_close(m.running_mean, mean, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(m.running_var, var, rtol=1e-9, atol=1e-12)
 
@@ -103,8 +58,8 @@ def test_number_of_forwards_and_of_updates(bn_mode, updates, natural_forwards):
     model, x, y = problem()
     args, natural = setting("--bn-mode", bn_mode), []
     model.register_forward_pre_hook(lambda m, i: natural.append(torch.equal(i[0], x)))
-    x_adv = train_trades.make_attack(model, model, args)(x, args.eps, utils.seeded("cpu", 0))
-    train_trades.train_step(model, model, utils.make_optimizer(model, "sgd", 0.1, 0), x, x_adv, y, args)
+    optimizer = utils.make_optimizer(model, "sgd", 0.1, 0)
+    train_trades.train_step(model, optimizer, x, y, args.eps, 0, utils.seeded("cpu", 0), args)
     assert model.bn.num_batches_tracked == updates and sum(natural) == natural_forwards
     assert len(natural) - sum(natural) == 10 + 1
     assert natural[-2:] == [True, False]  # the loss: natural, then adversarial
@@ -121,16 +76,16 @@ def test_saturated_logits_stay_finite():
     loss = train_trades.trades_loss(natural, adversarial, y, beta=6)
     grads = torch.autograd.grad(loss, (natural, adversarial))
     exact = [t.detach().double().requires_grad_() for t in (natural, adversarial)]
-    want = F.cross_entropy(exact[0], y) + 6 * kl(*exact) / 6
+    log_p, log_q = (t - t.logsumexp(1, keepdim=True) for t in exact)
+    want = F.cross_entropy(exact[0], y) + 6 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     for g, w in zip(grads, torch.autograd.grad(want, exact)):
         torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-4)
 
-    model, x, y = problem(scale=1e4)
-    model.float()
-    args = setting()
-    x = x.float()
-    x_adv = train_trades.make_attack(model, model, args)(x, args.eps, utils.seeded("cpu", 0))
+    model, x, _ = problem(scale=1e4)
+    x, args = x.float(), setting()
+    start = x + 0.001 * torch.empty_like(x).normal_(generator=utils.seeded("cpu", 0))
+    x_adv = train_trades.trades_attack(model.float(), x, start, args.eps, args)
     assert x_adv.isfinite().all() and (x_adv - x).abs().max() > 0
 
 

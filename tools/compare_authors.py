@@ -35,10 +35,9 @@ import torch
 from torch.optim import optimizer as optim
 
 import models
-import runs
 import train_pgdat
 import train_trades
-from utils import InputError, eps_at, lr_at, make_optimizer
+from utils import InputError, Parser, environment, make_optimizer, run_script, schedule, write_json
 
 TOLERANCE = 1e-9
 STEPS = 3
@@ -153,7 +152,7 @@ def wrn_size(network):
     return dict(zip(("depth", "widen_factor"), numbers))
 
 
-def give(model, state):
+def load_weights(model, state):
     """Their model with our weights. Names must agree, but for a block that their WideResNet never uses."""
     missing, unexpected = model.load_state_dict(state, strict=False)
     odd = [k for k in missing if not k.startswith("sub_block1.")] + unexpected
@@ -185,7 +184,7 @@ def stand_ins(script, setting, state, batches, seen):
         return delta, counts
 
     def build(original, *args, **kwargs):
-        seen.model = give(original(**kwargs | wrn_size(setting.network)), state)
+        seen.model = load_weights(original(**kwargs | wrn_size(setting.network)), state)
         return seen.model
 
     def loader(dataset, batch_size, shuffle, **kwargs):
@@ -219,7 +218,7 @@ def their_pgdat(script, setting, state, batches):
 def their_trades(losses, wideresnet, setting, state, batches):
     """What AT_HE's trades_loss does, with SGD as in their script."""
     args = train_trades.parse_args(setting.ours.split())
-    model = give(wideresnet.WideResNet(**wrn_size(setting.network), i_normalize=False), state).train()
+    model = load_weights(wideresnet.WideResNet(**wrn_size(setting.network), i_normalize=False), state).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     images, inputs = {}, []
     model.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0].detach()))
@@ -241,33 +240,31 @@ def our_model(network, activation="relu", normalize=None):
 def our_steps(script, setting, state, batches, theirs):
     """What train_pgdat or train_trades does at their lr and eps, and the least headroom of a forward pass."""
     args = script.parse_args(setting.ours.split())
-    normalize = models.CIFAR_NORMALIZE if script is train_pgdat else None
-    model = our_model(setting.network, args.activation, normalize).train()
+    model = our_model(setting.network, args.activation, script.NORMALIZE).train()
     model.load_state_dict(state)
-    lr, eps, images, headroom = {}, {}, {}, []
-
-    def forward(x):
-        logits = model(x)
-        headroom.append(1 - logits.detach().softmax(1).max().item())
-        return logits
-
-    attack = script.make_attack(model, forward, args)
     optimizer = make_optimizer(model, args.optimizer, args.lr, args.wd, args.momentum)
-    for i, (x, y) in enumerate(batches):
-        t = setting.epoch + i / len(batches)
-        lr[i] = torch.tensor(lr_at(t, args.lr, warmup=args.warmup_lr))
-        eps[i] = torch.tensor(eps_at(t, args.eps, args.warmup_eps))
-        for group in optimizer.param_groups:
-            group["lr"] = theirs["lr"].get(i, lr[i]).item()
-        radius, noise = theirs["eps"].get(i, eps[i]).item(), torch.Generator().manual_seed(NOISE + i)
-        more = (y, radius, setting.epoch, noise) if script is train_pgdat else (radius, noise)
-        images[i] = attack(x, *more)
-        script.train_step(model, forward, optimizer, x, images[i], y, args)
-    return {"lr": lr, "eps": eps, "images": images, **tensors(model)}, min(headroom)
+    lr, eps, images, headroom = {}, {}, [], []
+    model.register_forward_hook(
+        lambda module, x, logits: headroom.append(1 - logits.detach().softmax(1).max().item()))
+    name = "pgd" if script is train_pgdat else "trades_attack"
+    attack = getattr(script, name)
+
+    def recorded_attack(*arguments):
+        images.append(attack(*arguments))
+        return images[-1]
+
+    with mock.patch.object(script, name, recorded_attack):
+        for i, (x, y) in enumerate(batches):
+            lr[i], eps[i] = map(torch.tensor, schedule(setting.epoch + i / len(batches), args))
+            for group in optimizer.param_groups:
+                group["lr"] = theirs["lr"].get(i, lr[i]).item()
+            radius, noise = theirs["eps"].get(i, eps[i]).item(), torch.Generator().manual_seed(NOISE + i)
+            script.train_step(model, optimizer, x, y, radius, setting.epoch, noise, args)
+    return {"lr": lr, "eps": eps, "images": dict(enumerate(images)), **tensors(model)}, min(headroom)
 
 
 @torch.no_grad()
-def stirred(model):
+def with_trained_batch_norm(model):
     """The model with batch norms as if trained: as initialised they are alike, one could pass for another."""
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for m in norms:
@@ -280,10 +277,10 @@ def stirred(model):
     return model
 
 
-def pose(network):
+def problem(network):
     """The initial state dict, and the batches of x (B, 3, 32, 32) and y (B,), that both sides take."""
     torch.manual_seed(SEED)
-    model = stirred(our_model(network, normalize=models.CIFAR_NORMALIZE))
+    model = with_trained_batch_norm(our_model(network, normalize=models.CIFAR_NORMALIZE))
     state = {k: v.clone() for k, v in model.state_dict().items()}
     n, batches = 2 if network == "preactresnet-18" else 8, []
     for _ in range(STEPS):
@@ -310,7 +307,7 @@ def judged(about, theirs, ours, expect="equal"):
 
 def compare_steps(setting, theirs, ours):
     """The row of a setting. theirs maps (setting, state, batches) to what happens; ours takes that too."""
-    state, batches = pose(setting.network)
+    state, batches = problem(setting.network)
     a = theirs(setting, state, batches)
     b, headroom = ours(setting, state, batches, a)
     about = {"network": setting.network, "setting": setting.name, "their_flags": setting.theirs,
@@ -321,7 +318,7 @@ def compare_steps(setting, theirs, ours):
 @torch.no_grad()
 def compare_networks(network, activation, theirs, ours):
     """The row of a network: its logits of two images in train mode, then in eval mode."""
-    give(theirs, stirred(ours).state_dict())
+    load_weights(theirs, with_trained_batch_norm(ours).state_dict())
     x = torch.rand(2, 3, 32, 32)
     a, b = ({"train": {0: model.train()(x)}, "eval": {0: model.eval()(x)},
              "statistics": tensors(model)["statistics"]} for model in (theirs, ours))
@@ -351,7 +348,7 @@ def show(rows, *columns):
 
 
 def parse_args():
-    p = runs.Parser(description=__doc__, prog="python -m tools.compare_authors")
+    p = Parser(description=__doc__, prog="python -m tools.compare_authors")
     p.add_argument("clone", type=Path, metavar="BAG_OF_TRICKS_CLONE",
                    help="clone of github.com/P2333/Bag-of-Tricks-for-AT")
     p.add_argument("--trades", type=Path, metavar="AT_HE_CLONE",
@@ -386,12 +383,12 @@ def main():
     result = f"{failed} rows not as expected" if failed else f"equal to within {TOLERANCE:g}, or as marked"
     print(f"{len(settings)} settings, {len(networks)} networks: {result} ({seconds} s)")
     if options.json:
-        runs.write_json(options.json, {"clones": clones, "tolerance": TOLERANCE, "settings": settings,
-                                       "networks": networks, "seconds": seconds,
-                                       **runs.environment(torch.device("cpu"))})
+        write_json(options.json, {"clones": clones, "tolerance": TOLERANCE, "settings": settings,
+                                  "networks": networks, "seconds": seconds,
+                                  **environment(torch.device("cpu"))})
     if failed:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run_script(main)

@@ -1,281 +1,302 @@
 """The paper's tables and figures, ours beside theirs, from the runs in runs/ and results/.
 
-    python -m tools.report                    which rows are done, running, partly evaluated, missing; hours
+    python -m tools.report                    which runs are done, running, partly evaluated, missing; hours
     python -m tools.report t4                 a table (t2 ... t9, t12, t13, s1, x): ours (paper, difference)
-    python -m tools.report f1                 a figure (f1 ... f4): figures/f1.png and .pdf (--out: elsewhere)
-    python -m tools.report curves RUN...      learning curves, best epochs marked
-    python -m tools.report compare RUN...     clean and PGD-10 accuracy of rows, seeds side by side
-    python -m tools.report attack RUN         test images, adversarial versions, perturbations, predictions
-    python -m tools.report agreement RUN RUN  how many images both withstand, only one of them, neither
-    python -m tools.report deviations RUN     how its setting differs from the row that its folder names
-    python -m tools.report collect RUN...     copy complete runs, without weights, to results/
-    python -m tools.report robustbench RUN    the model-info JSON of a RobustBench entry
-    python -m tools.report readme             renew the README's table of what is in results/
+    python -m tools.report t4 --laptop        what the tricks change at laptop scale, beside the paper's
+    python -m tools.report f1                 a figure (f1 ... f4): figures/f1.png and .pdf
+    python -m tools.report curves RUN...      learning curves of runs' folders: figures/curves.png
+    python -m tools.report effects            the paper's effects against ours: results/effects.png, and a table
+    python -m tools.report measured           the README's table of what is in results/
 
-RUN is the path of a folder, such as runs/t2-base@1; most commands need one named after a row and its seed.
-Differences from the paper beyond seed noise are bold.
+A run counts only if its setting is that of the row that its folder, ROW or ROW@SEED, is named after.
 """
 
+import contextlib
+import datetime
+import functools
+import importlib
+import io
 import json
+import math
+import re
 import statistics
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 import eval_aa
-import runs
-import train_pgdat
-import train_trades
-from tools.figures import METRICS, NAMES, draw_attack, draw_comparison, draw_curves, draw_figure, subplots
-from utils import InputError, attack_mode, load_dataset, pgd, random_start, seeded, to_float
+from tools.figures import METRICS, NAMES, draw_effects, draw_figure, draw_runs
+from utils import HERE, InputError, Parser, differences, run_script
 
-SCRIPTS = {"train_pgdat.py": train_pgdat, "train_trades.py": train_trades}
-NOISE = {"clean": 0.5, "pgd10": 0.5, "aa": 0.3}  # between seeds; larger differences from the paper are bold
-CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-BEGIN, END = "<!-- measured, by tools.report readme -->", "<!-- end of measured -->"
-LEGEND = ("In parentheses: the paper's figure, and ours less the paper's; bold beyond seed noise "
-          f"({NOISE['clean']}; AA {NOISE['aa']}).")
-TAKES = {"status": 0, "readme": 0, "f1": 0, "f2": 0, "f3": 0, "f4": 0, "attack": 1, "deviations": 1,
-         "robustbench": 1, "agreement": 2, "curves": 99, "compare": 99, "collect": 99}  # at most so many RUNs
-ROOTS = ("runs", "results")  # of runs, here
-COLLECTED = ("args.json", "log.jsonl", "result.json", "result.npz", "result_last.json", "result_last.npz")
-
-
-# ---- Reading -----------------------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    """A line of run_all.sh.
-
-    paper: {"clean": 82.52, "pgd10": 53.58, "aa": None}. run: the row that it is the same run as, often
-    itself. setting: the script and what its flags resolve to, or {} if a checkpoint is only evaluated.
-    evaluation: eval_aa.py's arguments. table: "t2", of "t2-base"; "released" and "quickstart" are two.
-    """
-
-    id: str
-    paper: dict
-    run: str
-    setting: dict
-    evaluation: object
-
-    @property
-    def table(self):
-        return "released" if self.id.endswith("-released") else self.id.partition("-")[0]
-
-    def shown(self):
-        """The setting that a table shows: nothing that has no effect; of a released checkpoint model, eps."""
-        if not self.setting:
-            return {k: getattr(self.evaluation, k) for k in ("model", "eps")}
-        piecewise = self.setting["lr_schedule"] == "piecewise"
-        return self.setting | ({} if piecewise else {"lr_decay_epochs": None, "lr_decay_factor": None})
-
-
-class Run(NamedTuple):
-    """A run's folder: args.json, log, result.json, result_last.json. What is missing is None or empty."""
-
-    folder: Path
-    record: dict | None
-    log: list
-    best: dict | None
-    last: dict | None
-
-
-def row_and_seed(folder):
-    """What a folder's name claims: (row, seed), t2-base being t2-base@0; ("", None) if the seed is no number.
-    """
-    row, _, seed = Path(folder).absolute().name.partition("@")
-    return (row, int(seed or 0)) if (seed or "0").isdecimal() else ("", None)
-
-
-def manifest():
-    """{id: Row}, in the order of run_all.sh."""
-    command = ["bash", runs.HERE / "run_all.sh", "list"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    fields = [[field.strip() for field in line.split("|")] for line in listed.splitlines()]
-    commands, rows = {row: command for row, _, command in fields}, {}
-    for row, paper, command in fields:
-        run = command[2:] if command.startswith("= ") else row
-        train, _, evaluation = commands[run].partition(";")
-        script, *argv = train.split()
-        trains = script in SCRIPTS
-        setting = {"script": script, **vars(SCRIPTS[script].parse_args(argv))} if trains else {}
-        asked = eval_aa.parse_args(["-", *evaluation.split()[1:]] if trains else argv)
-        figures = {m: None if v == "-" else float(v) for m, v in zip(METRICS, paper.split("/"))}
-        rows[row] = Row(row, figures, run, setting, asked)
-    return rows
-
-
-def read(path, form):
-    """What runs.read_json reads; None if the file is missing or, with a warning that names it, malformed."""
-    try:
-        return runs.read_json(path, form) if path.exists() else None
-    except InputError:
-        warn(f"{path} is malformed: skipped")
-
-
-def read_run(folder):
-    """The Run in a folder, or None if there is none."""
-    folder = Path(folder)
-    record = read(folder / "args.json", runs.RECORD)
-    best, last = (read(folder / name, eval_aa.RESULT) for name in ("result.json", "result_last.json"))
-    log = read(folder / "log.jsonl", [runs.ENTRY]) if record else None
-    return Run(folder, record, log or [], best, last) if record or best or last else None
-
-
-def find_runs(row, roots=ROOTS, warns=True):
-    """{seed: Run} of a row, from the first of the roots that holds a result of it.
-
-    Folders of one root that name the same seed (t2-base, t2-base@0) are one run: all but the first are
-    skipped with a warning.
-    """
-    found = {}
-    for root in roots:
-        here = {}
-        for folder in sorted(Path(root).glob(f"{row.run}*")):
-            name, seed = row_and_seed(folder)
-            if name != row.run or not (run := read_run(folder)):
-                continue
-            if seed in here and warns:
-                warn(f"{folder} is the same seed as {here[seed].folder}: skipped")
-            here.setdefault(seed, run)
-        done = {seed for seed, run in found.items() if run.best or run.last}
-        found |= {seed: run for seed, run in here.items() if seed not in done}
-    return found
+# Tricks are compared with the row of their script that has none.
+BASES = {"train_pgdat.py": "t2-base", "train_trades.py": "t12-r18-wd5e-4-relu-bneval"}
+LAPTOP = {"clean": "clean", "pgd10": "pgd10", "apgd": "aa"}  # measured there: the paper's beside it
+EFFECTS = ("t2", "t3", "t4", "t5", "t6", "t7", "t8", "t12")  # tables with a point each run in `effects`
+LIMITS = {"clean": 1.0, "pgd10": 1.0, "aa": 0.6}  # a single seed's difference from the paper beyond it is bold
+LEGEND = """\
+In parentheses: the paper's figure, and ours less the paper's. Bold: beyond two standard errors of the mean over
+seeds, their variance pooled over all rows with several seeds; with one seed beyond 1.0 (AA: 0.6), since AA of
+best checkpoints varies by 0.12 to 0.57 between seeds (standard deviation)."""
+LAPTOP_LEGEND = """\
+Effects at a small scale (tiny network, 2,500 images, 44 epochs), no reproduction of a figure: the difference
+from the row without the trick, paired by seed, ± a standard error from one variance, pooled over all laptop
+runs; bold beyond two of them. The paper's is taken within one architecture. Rows without a trick are absolute.
+APGD: left by APGD-CE and APGD-T, estimated from the first images; the paper's AA is beside it."""
 
 
 def warn(text):
     print(f"warning: {text}", file=sys.stderr)
 
 
-def replications():
-    """{row: [{"who", "link", "differs", and figures}]}: what others have published for a row's setting."""
-    return json.loads((Path(__file__).parent / "replicated.json").read_text())
+warn = functools.cache(warn)  # every warning once
 
 
-def claimed(folder, rows):
-    """(Run in a folder, Row that the folder's name claims). Raises InputError if there is none."""
-    run, (row, _) = read_run(folder), row_and_seed(folder)
-    if run is None or run.record is None:
-        raise InputError(f"{folder} holds no run that can be read")
-    if row not in rows:
-        raise InputError(f"{folder}: run_all.sh has no row {Path(folder).absolute().name}")
-    return run, rows[rows[row].run]
+# ---- Reading -----------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """A run's folder: args.json or None, log.jsonl or [], the results of {"best", "last"} that there are."""
+
+    folder: Path
+    record: dict | None
+    log: list
+    results: dict
+
+    def seconds(self):
+        """What training and evaluation took."""
+        return sum(e["seconds"] for e in self.log) + sum(sum(r["seconds"].values()) for r in self.results.values())
+
+
+class Row(NamedTuple):
+    """A line of run_all.sh, and its runs.
+
+    paper: {"clean": 82.52, "pgd10": 53.58, "aa": None}. run: the row that it is the same run as, often
+    itself. command: that run's. setting: the script and what its flags resolve to, or {} if a checkpoint is
+    only evaluated. evaluation: eval_aa.py's arguments. runs: {seed: Run}.
+    """
+
+    id: str
+    paper: dict
+    run: str
+    command: str
+    setting: dict
+    evaluation: object
+    runs: dict
+
+    @property
+    def table(self):
+        return self.id.partition("-")[0]
+
+    def shown(self):
+        """The setting that a table shows: nothing that has no effect; of a released checkpoint model, eps."""
+        if not self.setting:
+            return {k: getattr(self.evaluation, k) for k in ("model", "eps")}
+        piecewise = self.setting.get("lr_schedule") == "piecewise"
+        return self.setting | ({} if piecewise else {"lr_decay_epochs": None, "lr_decay_factor": None})
+
+
+def listing(*flags):
+    """What `run_all.sh list` prints: id | figures | command."""
+    command = ["bash", HERE / "run_all.sh", "list", *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def training_script(name):
+    return importlib.import_module(Path(name).stem)
+
+
+def parse(command):
+    """(setting, evaluation) of a row's command, from the scripts' own parse_args."""
+    train, _, evaluation = command.partition(";")
+    script, *flags = train.split()
+    if script == "eval_aa.py":
+        return {}, eval_aa.parse_args(flags)
+    setting = {"script": script, **vars(training_script(script).parse_args(flags))}
+    return setting, eval_aa.parse_args(["-", *evaluation.split()[1:]])
+
+
+def read_rows(laptop=False, roots=("runs", "results")):
+    """{id: Row} in the order of run_all.sh. A row whose script or flags fail is left out with a warning."""
+    fields = [[field.strip() for field in line.split("|")]
+              for line in listing(*["--laptop"] * laptop).splitlines()]
+    roots = [Path(root, "laptop" if laptop else "") for root in roots]
+    built = {}
+    for row, _, command in fields:
+        if not command.startswith("= "):
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                try:
+                    setting, evaluation = parse(command)
+                    problem = None
+                except (Exception, SystemExit) as e:  # somebody's own script, half-written
+                    problem = (said.getvalue().strip() or f"{type(e).__name__}: {e}").splitlines()[-1]
+            if problem:
+                warn(f"row {row} is left out: {problem}")
+                continue
+            built[row] = Row(row, {}, row, command, setting, evaluation, {})
+            built[row].runs.update(find_runs(built[row], roots))
+    rows = {}
+    for row, paper, command in fields:
+        run = command[2:] if command.startswith("= ") else row
+        if run in built:
+            figures = {m: None if v == "-" else float(v) for m, v in zip(METRICS, paper.split("/"))}
+            rows[row] = built[run]._replace(id=row, paper=figures)
+    return rows
+
+
+def read_run(folder):
+    """The Run in a folder, or None if there is none."""
+    def read(name):
+        path = Path(folder, name)
+        return path.read_text() if path.exists() else ""
+
+    record, log = json.loads(read("args.json") or "null"), read("log.jsonl").splitlines()
+    results = {"best": read("result.json"), "last": read("result_last.json")}
+    results = {which: json.loads(text) for which, text in results.items() if text}
+    for which in [which for which, result in results.items() if "n_done" not in result]:
+        warn(f"{folder}: the result is of an older form and does not count: evaluate it again")
+        del results[which]
+    return Run(Path(folder), record, [json.loads(e) for e in log], results) if record or results else None
+
+
+def find_runs(row, roots):
+    """{seed: Run} of a row. Where folders name the same seed the first that is evaluated counts; one that has
+    another setting is skipped with a warning."""
+    found = {}
+    for folder in (folder for root in roots for folder in sorted(root.glob(f"{row.run}*"))):
+        name = re.fullmatch(rf"{re.escape(row.run)}(@(\d+))?", folder.name)
+        if not name or not (run := read_run(folder)):
+            continue
+        seed = int(name[2] or 0)
+        if differ := deviations(run, row, seed):
+            warn(f"{folder} is not row {row.run} ({'; '.join(differ)}): skipped")
+        elif seed not in found or run.results and not found[seed].results:
+            found[seed] = run
+    return found
+
+
+def deviations(run, row, seed):
+    """How a run's setting (was) differs from its row's with that seed (is)."""
+    if not row.setting:
+        return []
+    if run.record is None:
+        return ["it has no args.json"]
+
+    def comparable(setting):
+        how = ("precision", "compile")  # how it was computed, not what
+        return {k: v for k, v in setting.items() if k not in how} | {"data": Path(setting["dataset"]).name}
+
+    defaults = vars(training_script(row.setting["script"]).parse_args([]))
+    was = comparable({"script": run.record["command"][0], **run.record["args"]})
+    return differences(was, comparable(row.setting | {"seed": seed}), defaults)
 
 
 # ---- Arithmetic --------------------------------------------------------------------------------------------
 
 
-def deviations(run, row):
-    """How a run's setting (was) differs from its row's (is), with the seed that its folder claims."""
-    if not row.setting:
-        return []
-    if run.record is None:
-        return ["it has no args.json that can be read"]
-    _, seed = row_and_seed(run.folder)
-    want = row.setting | ({"seed": seed} if seed else {})
-    got = {"script": run.record["command"][0], **run.record["args"]}
-    got |= {k: want[k] for k in ("precision", "compile")}  # how it was computed, not what
-    want, got = ({**s, "data": Path(s["dataset"]).name} for s in (want, got))
-    return runs.differences(got, want, SCRIPTS[row.setting["script"]].make_parser())
+def judged(row):
+    """{seed: result} of the checkpoint that the row is judged by, if it is evaluated on all its images."""
+    found = {}
+    for seed, run in row.runs.items():
+        if result := run.results.get(row.evaluation.which):
+            dataset = row.setting.get("dataset") or row.evaluation.dataset or "cifar10"
+            images = row.evaluation.n or (10_000 if dataset in ("cifar10", "cifar100") else result["n"])
+            found |= {seed: result} if result["n"] == images else {}
+    return found
 
 
-def whole(result, row):
-    """Whether a result holds the figures that the row's evaluation asks for, on all those images."""
-    wanted = METRICS if row.evaluation.attacks == eval_aa.STANDARD else ("clean", "pgd10")
-    return bool(result) and result["n"] == (row.evaluation.n or result["test_images"]) \
-        and all(result[m] is not None for m in wanted)
+def values(row, metric):
+    """{seed: figure}: "clean", "pgd10", "aa" where AutoAttack is complete, or "apgd", maybe of some images."""
+    found = {}
+    for seed, result in judged(row).items():
+        if metric == "apgd":
+            found[seed] = result["left"]["apgd-t"][0] if "apgd-t" in result["left"] and result["n_done"] else None
+        elif metric != "aa" or result["complete"]:
+            found[seed] = result[metric]
+    return {seed: value for seed, value in found.items() if value is not None}
 
 
-def judged(run, row):
-    """The whole result of the checkpoint that the row is judged by, the best or the last; or None."""
-    result = run.last if row.evaluation.which == "last" else run.best
-    return result if whole(result, row) else None
+def pooled_variance(groups):
+    """The variance within groups of figures, seeds of one setting each; None if no group has several."""
+    groups = [group for group in groups if len(group) > 1]
+    squares = sum((len(group) - 1) * statistics.variance(group) for group in groups)
+    return squares / sum(len(group) - 1 for group in groups) if groups else None
 
 
-def valid_runs(row):
-    """The runs of a row, one a seed, that have the row's setting; others are skipped with a warning."""
-    valid = []
-    for run in find_runs(row).values():
-        if differ := "; ".join(deviations(run, row)):
-            warn(f"{run.folder} is not row {row.run} ({differ}): skipped")
+def seed_variance(rows):
+    """{metric: the variance between seeds, over all rows}."""
+    runs = [row for row in rows.values() if row.id == row.run]
+    return {m: pooled_variance([list(values(row, m).values()) for row in runs]) for m in METRICS}
+
+
+def base_of(row, rows):
+    """The row without tricks that a row's run is compared with, or None."""
+    return rows.get(BASES.get(row.setting.get("script")))
+
+
+def paired(row, base, metric):
+    """{seed: figure less the base row's} of the seeds that both have, computed in one precision."""
+    ours, theirs, pairs = values(row, metric), values(base, metric), {}
+    for seed in sorted(ours.keys() & theirs.keys()):
+        mine, other = (r.runs[seed].record["args"]["precision"] for r in (row, base))
+        if mine == other:
+            pairs[seed] = ours[seed] - theirs[seed]
         else:
-            valid.append(run)
-    return valid
+            warn(f"{row.runs[seed].folder} is of {mine}, {base.runs[seed].folder} of {other}: left out")
+    return pairs
 
 
-def judged_results(found, row):
-    """The results, one a run, of the runs that are evaluated as the row asks."""
-    return [result for run in found if (result := judged(run, row))]
+def effects(laptop):
+    """{laptop run: {metric: (mean paired difference, standard error or None, seeds)}} of all but the bases."""
+    runs = [(row, base_of(row, laptop)) for row in laptop.values() if row.id == row.run]
+    runs = [(row, base) for row, base in runs if base and row.run != base.run]
+    found = {row.id: {} for row, _ in runs}
+    for metric in LAPTOP:
+        pairs = {row.id: list(paired(row, base, metric).values()) for row, base in runs}
+        variance = pooled_variance(pairs.values())
+        for row, all_seeds in pairs.items():
+            if n := len(all_seeds):
+                error = None if variance is None else math.sqrt(variance / n)
+                found[row][metric] = statistics.mean(all_seeds), error, n
+    return found
 
 
-def cell(values, paper, noise):
-    """`ours (paper, difference)`. ours: the mean over seeds, ± the standard deviation of several."""
-    if not values:
-        return "" if paper is None else f"({paper:.2f})"
-    mean = statistics.mean(values)
-    ours = f"{mean:.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-    if paper is None:
-        return ours
-    difference = round(mean - paper, 2)
-    bold = "**" if abs(difference) > noise else ""
-    return f"{ours} ({paper:.2f}, {bold}{difference:+.2f}{bold})"
+def paper_effect(row, rows):
+    """{metric: the paper's figure less that of the same network and eps without tricks; None if it has none}
+    """
+    def comparable(setting):
+        return {k: v for k, v in setting.items() if k != "out"}
+
+    effect, base = dict.fromkeys(METRICS), base_of(row, rows)
+    if base:
+        plain = comparable(base.setting | {k: row.setting[k] for k in ("model", "eps", "alpha")})
+        alike = [other.paper for other in rows.values() if comparable(other.setting) == plain]
+        for m in METRICS:
+            without = next((paper[m] for paper in alike if paper[m] is not None), None)
+            if row.paper[m] is not None and without is not None:
+                effect[m] = row.paper[m] - without
+    return effect
 
 
-def difference_cell(train, eval):
-    """`ours (paper)` of a row in eval mode less train mode, as Table 7 prints; each is (values, paper)."""
-    (a, paper_a), (b, paper_b) = train, eval
-    ours = f"{statistics.mean(b) - statistics.mean(a):+.2f} " if a and b else ""
-    return f"{ours}({paper_b - paper_a:+.2f})"
+def ranks(x):
+    """Ranks from 1 along the last axis; equal values share the mean of theirs."""
+    a, b = x[..., :, None], x[..., None, :]
+    return (a > b).sum(-1) + ((a == b).sum(-1) + 1) / 2
 
 
-def mean_result(results):
-    """{metric: its mean over the results that have it}."""
-    known = {m: [r[m] for r in results if r[m] is not None] for m in METRICS}
-    return {m: statistics.mean(values) for m, values in known.items() if values}
+def spearman(x, y):
+    """Spearman's rank correlation along the last axis: Pearson's of the ranks."""
+    x, y = (r - r.mean(-1, keepdims=True) for r in (ranks(x), ranks(y)))
+    with np.errstate(invalid="ignore"):
+        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
 
 
-def read_flags(folder):
-    """{"clean", "pgd10", an attack's name ...: (N,) bool} of a run's result.npz."""
-    path = Path(folder) / "result.npz"
-    try:
-        with np.load(path, allow_pickle=False) as npz:
-            return dict(npz)
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path} (eval_aa.py writes it)") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
-        raise InputError(f"{path} is malformed") from None
-
-
-def agreement(folders):
-    """Which share of the test images two runs both withstand, only the first, only the second, neither."""
-    a, b = map(read_flags, folders)
-    whole = [attack for attack in eval_aa.STANDARD if attack in a and attack in b][-1:]
-    lines = []
-    for name in ("clean", "pgd10", *whole):
-        for folder, flags in zip(folders, (a, b)):
-            if name not in flags:
-                raise InputError(f"{folder}/result.npz does not say which images are right ({name})")
-        if len(a[name]) != len(b[name]):
-            raise InputError(f"{folders[0]} and {folders[1]} were not evaluated on the same images ({name})")
-        shares = a[name] & b[name], a[name] & ~b[name], ~a[name] & b[name], ~a[name] & ~b[name]
-        title = METRICS.get("aa" if name == eval_aa.STANDARD[-1] else name, name)
-        lines.append([title, *(f"{100 * share.mean():.2f}" for share in shares)])
-    names = [Path(folder).absolute().name for folder in folders]
-    header = ["% of the images", "both right", *(f"only {name}" for name in names), "neither"]
-    return f"{markdown(header, lines)}\n\n{len(a['clean']):,} images."
-
-
-def hours(run):
-    """Hours of training and evaluation."""
-    seconds = [entry["seconds"] for entry in run.log]
-    for result in filter(None, (run.best, run.last)):
-        for took in (stage["seconds"] for stage in result["stages"].values()):
-            seconds += took.values() if isinstance(took, dict) else [took]
-    return sum(seconds) / 3600
+def bootstrap_interval(x, y, resamples=10_000):
+    """The 95 % interval of spearman(x, y) over resampled points."""
+    picks = np.random.default_rng(0).integers(len(x), size=(resamples, len(x)))
+    return np.nanpercentile(spearman(x[picks], y[picks]), [2.5, 97.5])
 
 
 # ---- Text --------------------------------------------------------------------------------------------------
@@ -289,18 +310,57 @@ def setting_text(key, value):
     """How a table shows a setting."""
     if value is None:
         return "-"
-    if key == "eps":
-        return runs.fraction_text(value)
+    if key == "eps" and math.isclose(255 * value, round(255 * value)):
+        return f"{round(255 * value)}/255"
     if isinstance(value, float):
         return f"{value:g}"
     return "/".join(f"{v:g}" for v in value) if isinstance(value, list) else str(NAMES.get(value, value))
 
 
-def replication_cell(row, notes):
+def settings(rows):
+    """(names of the settings that rows differ in, {row: their values}), as text. A setting that a row lacks
+    (of another script) does not make it differ."""
+    shown = {row.id: row.shown() for row in rows}
+    known = {k: v for setting in shown.values() for k, v in setting.items() if k not in ("out", "alpha")}
+    keys = [k for k, v in known.items() if len({str(s.get(k, v)) for s in shown.values()}) > 1]
+    texts = {row: [setting_text(k, s.get(k)) for k in keys] for row, s in shown.items()}
+    return [k.replace("_", " ") for k in keys], texts
+
+
+def mean_text(figures):
+    """The mean over seeds, ± the standard deviation of several."""
+    spread = f" ± {statistics.stdev(figures):.2f}" if len(figures) > 1 else ""
+    return f"{statistics.mean(figures):.2f}{spread}" if figures else ""
+
+
+def cell(row, metric, variance):
+    """`ours (paper, difference), ~estimates`. variance: between seeds, by metric, over all rows."""
+    figures, paper, parts = list(values(row, metric).values()), row.paper[metric], []
+    if figures and paper is not None:
+        difference, n = round(statistics.mean(figures) - paper, 2), len(figures)
+        limit = 2 * math.sqrt(variance[metric] / n) if n > 1 else LIMITS[metric]
+        bold = "**" if abs(difference) > limit else ""
+        parts.append(f"{mean_text(figures)} ({paper:.2f}, {bold}{difference:+.2f}{bold})")
+    elif figures or paper is not None:
+        parts.append(mean_text(figures) if figures else f"({paper:.2f})")
+    for result in judged(row).values() if metric == "aa" else ():
+        if result["aa"] is not None and result["n_done"] and not result["complete"]:
+            parts.append(f"~{result['aa']:.2f} ± {result['aa_error']:.2f} ({result['n_done']:,} images)")
+    return ", ".join(parts)
+
+
+def mode_cell(train, eval, metric):
+    """`ours (paper)` of a row in eval mode less the one in train mode, as Table 7 prints."""
+    a, b = (list(values(row, metric).values()) for row in (train, eval))
+    ours = f"{statistics.mean(b) - statistics.mean(a):+.2f} " if a and b else ""
+    return f"{ours}({eval.paper[metric] - train.paper[metric]:+.2f})"
+
+
+def replication_cell(row, replicated, notes):
     """What others have published for a row's setting: `84.15 / - / 48.72 [1]`; [1] is the first of notes."""
     cells = []
-    for entry in replications().get(row.run, []):
-        note = "; ".join(entry[k] for k in ("who", "differs", "link") if entry.get(k))
+    for entry in replicated.get(row.run, []):
+        note = "; ".join(entry[k] for k in ("who", "differs", "link"))
         if note not in notes:
             notes.append(note)
         figures = " / ".join(f"{entry[m]:.2f}" if m in entry else "-" for m in METRICS)
@@ -308,265 +368,218 @@ def replication_cell(row, notes):
     return ", ".join(cells)
 
 
-def table(rows):
-    """Rows in the paper's order: the settings that they differ in, the figures, the other checkpoint's."""
-    def values(results, metric):
-        return [r[metric] for r in results if r[metric] is not None]
-
-    # A row that lacks a setting (of another script) does not make it differ.
-    shown, figures = {row.id: row.shown() for row in rows}, {}
-    known = {k: v for s in shown.values() for k, v in s.items()}
-    settings = {k: {str(s.get(k, v)) for s in shown.values()} for k, v in known.items()}
-    keys = [k for k, different in settings.items() if len(different) > 1 and k not in ("out", "alpha")]
-    header = ["row", *(k.replace("_", " ") for k in keys), *METRICS.values()]
-    lines, others, replicated, notes = [], [], [], []
+def show_table(rows, all_rows):
+    """Rows in the paper's order: the settings that they differ in, the figures, and what others got."""
+    replicated = json.loads((Path(__file__).parent / "replicated.json").read_text())
+    names, texts = settings(rows)
+    lines, notes, variance = [], [], seed_variance(all_rows)
     for row in rows:
-        found = [run for run in valid_runs(row) if judged(run, row)]
-        ours = judged_results(found, row)
-        other = [r for run in found for r in (run.best, run.last) if whole(r, row) and r not in ours]
-        figures[row.id] = [(values(ours, m), row.paper[m]) for m in METRICS]
-        cells = [cell(*pair, NOISE[m]) for m, pair in zip(METRICS, figures[row.id])]
-        lines.append([row.id, *(setting_text(k, shown[row.id].get(k)) for k in keys), *cells])
-        replicated.append([replication_cell(row, notes)])
-        others.append([cell(values(other, m), None, 0) for m in METRICS])
-        if row.id.startswith("t7-") and row.id.endswith("-bneval"):
-            pairs = zip(figures[row.id.replace("-bneval", "-bntrain")], figures[row.id])
-            lines.append(["eval - train", *("" for _ in keys), *(difference_cell(*pair) for pair in pairs)])
-            others.append(["" for _ in METRICS])
-            replicated.append([""])
-    below = [LEGEND]
-    if any(map(any, others)):
-        header += [f"{m}, other checkpoint" for m in METRICS.values()]
-        lines = [line + other for line, other in zip(lines, others)]
-        below.append("Other checkpoint: the last; of rows judged by the last, the best.")
-    if notes:
-        header.append("replicated by others")
-        lines = [line + other for line, other in zip(lines, replicated)]
-    return "\n".join([markdown(header, lines), "", *below, *(f"[{i}] {n}" for i, n in enumerate(notes, 1))])
+        cells = [cell(row, m, variance) for m in METRICS]
+        lines.append([row.id, *texts[row.id], *cells, replication_cell(row, replicated, notes)])
+        train = all_rows.get(row.id.replace("-bneval", "-bntrain"))
+        if row.table == "t7" and train and train.id != row.id:
+            lines.append(["eval - train", *("" for _ in names), *(mode_cell(train, row, m) for m in METRICS), ""])
+    header = ["row", *names, *METRICS.values()] + ["replicated by others"] * bool(notes)
+    below = [LEGEND] + ["~: AutoAttack of some images only, an estimate with its standard error, which counts "
+                        "nowhere."] * any("~" in text for line in lines for text in line)
+    below += [f"[{i}] {note}" for i, note in enumerate(notes, 1)]
+    return "\n".join([markdown(header, [line[: len(header)] for line in lines]), "", *below])
 
 
-def state(row, found):
+def difference_text(value):
+    return "-" if value is None else f"{value:+.2f}"
+
+
+def effect_text(effect):
+    """`+0.55 ± 0.21`, bold beyond two standard errors; nothing where there is no run yet."""
+    if effect is None:
+        return ""
+    mean, error, _ = effect
+    if error is None:
+        return f"{mean:+.2f}"
+    bold = "**" if abs(mean) > 2 * error else ""
+    return f"{bold}{mean:+.2f}{bold} ± {error:.2f}"
+
+
+def show_laptop_table(rows, all_rows, laptop):
+    """Each row's effect at laptop scale, beside the paper's."""
+    rows = [row for row in rows if row.id in laptop]
+    (names, texts), found, lines = settings(rows), effects(laptop), []
+    for row in rows:
+        small, paper, cells = laptop[row.id], paper_effect(row, all_rows), []
+        for metric, theirs in LAPTOP.items():
+            figures = list(values(small, metric).values())
+            seeds = len(figures) if metric == "clean" else seeds
+            beside = difference_text(paper[theirs])
+            if small.run in found:
+                effect = found[small.run].get(metric)
+                ours, seeds = effect_text(effect), effect[2] if effect and metric == "clean" else seeds
+            else:
+                ours, beside = mean_text(figures), "-" if row.paper[theirs] is None else f"{row.paper[theirs]:.2f}"
+            cells += ["-" if metric == "apgd" and "apgd-t" not in small.evaluation.attacks else ours, beside]
+        lines.append([row.id, *texts[row.id], str(seeds), *cells])
+    header = ["row", *names, "seeds", "Clean", "the paper's", "PGD-10", "the paper's", "APGD", "the paper's AA"]
+    return f"{markdown(header, lines)}\n\n{LAPTOP_LEGEND}"
+
+
+def state(row):
     """done, running, partial (evaluated in part) or missing, and the row's id with what there is to say."""
-    seeds = len(judged_results(found, row))
-    if seeds:
-        return "done", row.id + (f" ({seeds} seeds)" if seeds > 1 else "")
-    if any(run.best or run.last for run in found):
+    asked = row.evaluation.attacks
+    done = [r for r in judged(row).values() if tuple(r["attacks"]) == asked
+            and (r["complete"] or r["n_done"] >= (row.evaluation.stop_after or r["n"]))]
+    if done:
+        return "done", row.id + (f" ({len(done)} seeds)" if len(done) > 1 else "")
+    if any(run.results for run in row.runs.values()):
         return "partial", row.id
-    if found:
-        epochs = max(len(run.log) for run in found)
-        return "running", f"{row.id} ({epochs} of {row.setting.get('epochs')} epochs)"
+    if row.runs:
+        epochs = max(len(run.log) for run in row.runs.values())
+        return "running", f"{row.id} ({epochs} of {row.setting['epochs']} epochs)"
     return "missing", row.id
 
 
-def status(rows):
-    """A line a table: which distinct runs are done, running, evaluated in part, missing; hours spent.
-
-    A run that deviates from its row is none of them, but its hours were spent.
-    """
+def show_status(rows):
+    """A line a table: which distinct runs are done, running, evaluated in part, missing; hours spent."""
     kinds = ("done", "running", "partial", "missing")
-    tables, spent = {}, {"GPU": 0.0, "CPU": 0.0}
-    for row in (r for r in rows.values() if r.run == r.id):
-        for run in find_runs(row, warns=False).values():
-            spent["GPU" if run.record and run.record["versions"].get("cuda") else "CPU"] += hours(run)
-        kind, name = state(row, valid_runs(row))
+    tables, hours = {}, {"GPU": 0.0, "CPU": 0.0}
+    for row in (row for row in rows.values() if row.run == row.id):
+        for run in row.runs.values():
+            record = run.record or next(iter(run.results.values()))
+            hours["GPU" if record["versions"]["cuda"] else "CPU"] += run.seconds() / 3600
+        kind, name = state(row)
         tables.setdefault(row.table, {k: [] for k in kinds})[kind].append(name)
-    width = max(map(len, tables))
-    lines = [] if any(map(Path.is_dir, map(Path, ROOTS))) else ["There are no runs/ and no results/ here."]
-    for name, states in tables.items():
+    lines, width = [], max(map(len, tables))
+    for table, states in tables.items():
         counts = "  ".join(f"{len(states[k]):3} {k}" for k in kinds)
         known = "; ".join(f"{k}: {', '.join(states[k])}" for k in kinds[:3] if states[k])
-        lines.append(f"{name:{width}}  {counts}   {known}".rstrip())
-    return "\n".join(lines + [f"{kind}-hours {h:.2f}" for kind, h in spent.items()])
+        lines.append(f"{table:{width}}  {counts}   {known}".rstrip())
+    return "\n".join(lines + [f"{kind}-hours {h:.2f}" for kind, h in hours.items()])
 
 
-def measured_line(row):
-    """The README's line of a row that is in results/, over its seeds, or None."""
-    found = [run for run in find_runs(row, roots=[runs.HERE / "results"]).values() if judged(run, row)]
-    if not found:
-        return None
-    results = [judged(run, row) for run in found]
-    ours = [cell([r[m] for r in results if r[m] is not None], row.paper[m], NOISE[m]) or "-" for m in METRICS]
-    devices = {run.record["device"] for run in found if run.record}
-    took = runs.clock(3600 * sum(map(hours, found)) / len(found))
-    return [f"`{row.id}`", str(len(found)), *ours, f"{results[0]['n']:,}", ", ".join(sorted(devices)), took]
+def show_measured(rows):
+    """The README's table: a line for each row that has results."""
+    lines, variance = [], seed_variance(rows)
+    for row in (row for row in rows.values() if row.run == row.id and judged(row)):
+        results = list(judged(row).values())
+        runs = [row.runs[seed] for seed in judged(row)]
+        devices = sorted({(run.record or result)["device"] for run, result in zip(runs, results)})
+        took = datetime.timedelta(seconds=round(statistics.mean(run.seconds() for run in runs)))
+        lines.append([f"`{row.id}`", str(len(runs)), *(cell(row, m, variance) or "-" for m in METRICS),
+                      f"{results[0]['n']:,}", ", ".join(devices), str(took)])
+    return markdown(["row", "seeds", *METRICS.values(), "test images", "device", "time a seed"], lines)
 
 
-def renew_readme(rows, path=runs.HERE / "README.md"):
-    """The README's text with its table of what is in results/ renewed."""
-    lines = [measured_line(row) for row in rows.values() if row.run == row.id]
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise InputError(f"{path} has no {BEGIN} ... {END}")
-    header = ["row", "seeds", *METRICS.values(), "test images", "device", "time a seed"]
-    return f"{before}{BEGIN}\n{markdown(header, filter(None, lines))}\n{END}{after}"
+# ---- Pictures ----------------------------------------------------------------------------------------------
 
 
-def collect(run, row, force=False):
-    """Copy a run's small files to results/.
-
-    Raises InputError if the run is not all that its row says, or, without force, if results/ holds another.
-    """
-    problems = deviations(run, row)
-    if len(run.log) != run.record["args"]["epochs"]:
-        problems.append(f"its log has {len(run.log)} epochs")
-    if not judged(run, row):
-        problems.append(f"its {row.evaluation.which} checkpoint is not evaluated as the row asks, "
-                        "on all images by all attacks")
-    if problems:
-        raise InputError(f"{run.folder} is not all of row {row.id}: {'; '.join(problems)}")
-    target = Path("results") / run.folder.absolute().name
-    texts = {name: (run.folder / name).read_bytes() for name in COLLECTED if (run.folder / name).exists()}
-    other = [f for f, text in texts.items() if (target / f).exists() and (target / f).read_bytes() != text]
-    if other and not force:
-        raise InputError(f"{target} holds another {' and '.join(other)}: --force overwrites")
-    target.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (target / name).write_bytes(text)
-    return f"{run.folder} -> {target}"
-
-
-def robustbench(run):
-    """RobustBench's model-info JSON, for a run's best checkpoint."""
-    r, args = run.best, run.record["args"]
-    if not r or r["aa"] is None or r["n"] != r["test_images"] or args["dataset"] not in runs.NAMED_DATASETS:
-        raise InputError(f"{run.folder}: not evaluated by AutoAttack (standard) on all test images of CIFAR, "
-                         "as RobustBench asks")
-    preact = "PreAct" if args["model"].startswith("preact") else ""  # the paper's ResNet-18 is one
-    return json.dumps({
-        "link": "https://arxiv.org/abs/2010.00467", "name": "Bag of Tricks for Adversarial Training",
-        "authors": "Tianyu Pang, Xiao Yang, Yinpeng Dong, Hang Su, Jun Zhu", "additional_data": False,
-        "number_forward_passes": 1, "dataset": args["dataset"], "venue": "ICLR 2021",
-        "architecture": preact + setting_text("model", args["model"]), "eps": runs.fraction_text(r["eps"]),
-        "clean_acc": f"{r['clean']:.2f}", "reported": f"{r['aa']:.2f}", "autoattack_acc": f"{r['aa']:.2f}",
-        "unreliable": False}, indent=2)
+def show_effects(rows, laptop):
+    """(the picture of all effects, its table in markdown): a point each laptop run of EFFECTS, beside the
+    paper's figure for ResNet-18, or else WRN-34-10, or else its first architecture."""
+    found, rank = effects(laptop), {"preactresnet-18": 0, "wrn-34-10": 1}
+    compared = {run: [] for run in found}
+    for row in rows.values():
+        if row.table in EFFECTS and row.id in laptop and laptop[row.id].run in found:
+            compared[laptop[row.id].run].append(row)
+    compared = {run: min(those, key=lambda row: rank.get(row.setting["model"], 2))
+                for run, those in compared.items() if those}
+    lines, points = [], {"pgd10": [], "clean": []}
+    for run, row in compared.items():
+        paper, ours = paper_effect(row, rows), found[run]
+        flags = re.sub(r" --model \S+", "", row.command.partition(";")[0].strip())
+        seeds = max((effect[2] for effect in ours.values()), default=0)
+        lines.append([f"`{run}`", f"`{flags}`", *(difference_text(paper[m]) for m in METRICS),
+                      *(effect_text(ours.get(m)) for m in LAPTOP), str(seeds)])
+        for metric, shown in points.items():
+            if metric in ours and paper[metric] is not None:
+                mean, error, _ = ours[metric]
+                shown.append((short_name(row), row.table, paper[metric], mean, error))
+    if not points["pgd10"]:
+        raise InputError("there is no laptop run with its base yet: ./run_all.sh run t2-base t4-r18-ls0.3 --laptop")
+    panels = {}
+    for metric, shown in points.items():
+        x, y = (np.array([point[i] for point in shown]) for i in (2, 3))
+        low, high = bootstrap_interval(x, y)
+        panels[f"{METRICS[metric]}, {len(shown)} runs: Spearman's rank correlation {spearman(x, y):.2f} "
+               f"(95 % interval {low:.2f} to {high:.2f})"] = shown
+    header = ["run", "flags", "paper: Clean", "PGD-10", "AA", "ours: Clean", "PGD-10", "APGD", "seeds"]
+    return draw_effects(panels), f"{markdown(header, lines)}\n\n{LAPTOP_LEGEND}"
 
 
-# ---- Figures -----------------------------------------------------------------------------------------------
+def short_name(row):
+    """What is special about a row: t8-wrn10-wd5e-4-softplus-bntrain-ls0.1 -> softplus-bntrain-ls0.1"""
+    name = re.sub(r"^t\d+-(r18-|wrn10-)?(wd5e-4-)?(relu-)?", "", row.id).removesuffix("-relu-bntrain")
+    return f"TRADES {name}" if row.table == "t12" else name
 
 
-def show_attack(folder, data_dir, n=8):
-    """The first n test images under PGD-10 on a run's best checkpoint."""
-    path = Path(folder) / "best.pt"
-    checkpoint = runs.load_checkpoint(path)
-    if not eval_aa.is_ours(checkpoint):
-        raise InputError(f"{path} is no checkpoint of a training run")
-    dataset, eps = (checkpoint["args"][k] for k in ("dataset", "eps"))
-    model, spec = eval_aa.rebuild(eval_aa.parse_args([str(path)]), path, checkpoint, checkpoint["args"])
-    is_cifar10 = Path(dataset).name.startswith("cifar10") and spec["num_classes"] == 10
-    classes = CLASSES if is_cifar10 else range(spec["num_classes"])
-    data = load_dataset(runs.fetch(dataset, data_dir))
-    x, y = to_float(data.test_images[:n]), data.test_labels[:n]  # x (n, 3, 32, 32)
-
-    def predictions(x):
-        pairs = zip(model(x).argmax(1), y)
-        return [f"{classes[p]}" if p == t else f"{classes[p]}\n(not {classes[t]})" for p, t in pairs]
-
-    with attack_mode(model, "eval"):
-        x_adv = pgd(model, x, y, random_start(x, eps, seeded("cpu", 0)), eps, 2 / 255, 10)
-        before, after = predictions(x), predictions(x_adv)
-    fig, axes = subplots(len(x), 1.2 * len(x), 4, rows=3)
-    draw_attack(axes, x, x_adv, eps, before, after)
-    return fig
-
-
-def show_curves(folders, rows):
-    """The learning curves of any runs, with the paper's figures of those named after a row."""
-    curves = []
+def show_curves(folders):
+    """The learning curves of runs, a panel each."""
+    runs = []
     for folder in folders:
-        run, name = read_run(folder), Path(folder).absolute().name
-        if not (run and run.log):
-            raise InputError(f"{folder} holds no log that can be read")
-        row = rows.get(row_and_seed(folder)[0])
-        curves.append((name, [run.log], row.paper if row else dict.fromkeys(METRICS), len(run.log)))
-    fig, axes = subplots(1, 5.5)
-    draw_curves(axes[0][0], curves)
-    return fig
+        run = read_run(folder)
+        if not run or not run.record or not run.log:
+            raise InputError(f"{folder} holds no run with a log")
+        args = run.record["args"]
+        decays = args["lr_decay_epochs"] if args["lr_schedule"] == "piecewise" else []
+        runs.append((Path(folder).absolute().name, run.log, decays))
+    return draw_runs(runs)
 
 
-def show_comparison(folders, rows):
-    """The accuracies of the rows that some runs are of, with all their seeds."""
-    compared = {row.id: row for _, row in (claimed(folder, rows) for folder in folders)}
-    titles = {f"{setting_text('model', s['model'])}, {Path(s['dataset']).stem}, {s['epochs']} epochs"
-              for s in (row.setting for row in compared.values())}
-    title = titles.pop() if len(titles) == 1 else "several settings"
-    circle = "; a circle is the paper's" if any(any(row.paper.values()) for row in compared.values()) else ""
-    fig, axes = subplots(2, 8, 1.4 + 0.4 * len(compared))
-    fig.suptitle(f"{title}; a dot is a seed{circle}")
-    shown = {r: (judged_results(valid_runs(row), row), row.paper) for r, row in compared.items()}
-    draw_comparison(axes[0], shown)
-    return fig
-
-
-def draw(what, folders, rows, data_dir):
-    """The figure that a command line asks for."""
-    if what == "attack":
-        return show_attack(folders[0], data_dir)
-    if what == "curves":
-        return show_curves(folders, rows)
-    if what == "compare":
-        return show_comparison(folders, rows)
+def show_figure(name, rows):
+    """Figure 1 to 4 of the paper."""
     shown = []
-    for row in (row for r, row in rows.items() if r.startswith(what)):
-        found = valid_runs(row)
-        logs = [run.log for run in found if run.log]
-        shown.append((row, logs, mean_result(judged_results(found, row))))
+    for row in (row for row in rows.values() if row.id.startswith(name)):
+        means = {m: statistics.mean(figures) for m in METRICS if (figures := values(row, m).values())}
+        shown.append((row, [run.log for run in row.runs.values() if run.log], means))
     if not any(logs or ours for _, logs, ours in shown):
         if not any(any(row.paper.values()) for row, *_ in shown):
-            raise InputError(f"{what}: nothing has been run, and the paper prints no figures")
-        print(f"{what}: nothing has been run: only the paper's figures are drawn", file=sys.stderr)
-    return draw_figure(what, shown)
+            raise InputError(f"{name}: nothing has been run, and the paper prints no figures")
+        warn(f"{name}: nothing has been run: only the paper's figures are drawn")
+    return draw_figure(name, shown)
 
 
-def save(fig, stem):
-    """Write a figure as .png and .pdf."""
-    Path(stem).parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".png", ".pdf"):
-        fig.savefig(f"{stem}{suffix}")
-    print(f"{stem}.png, {stem}.pdf")
+def save(fig, *paths):
+    for path in paths:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path)
+    print(f"written: {', '.join(map(str, paths))}", file=sys.stderr)
 
 
 # ---- The command line --------------------------------------------------------------------------------------
 
 
 def main():
-    p = runs.Parser(description=__doc__, prog="python -m tools.report")
+    p = Parser(description=__doc__, prog="python -m tools.report")
     p.add_argument("what", nargs="?", default="status", help="status, a table, a figure or a command (above)")
-    p.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs")
-    p.add_argument("--out", help="file of a picture (default: figures/ and what it shows)")
-    p.add_argument("--force", action="store_true", help="let `collect` overwrite what is in results/")
-    p.add_argument("--data-dir", default="data", help="for `attack`: where cifar10.npz is")
+    p.add_argument("runs", nargs="*", metavar="RUN", help="for `curves`: folders of runs")
+    p.add_argument("--laptop", action="store_true", help="for a table or status: of the rows at laptop scale")
+    p.add_argument("--out", help="file of a picture, in the format of its suffix (default: as above)")
     args = p.parse_args()
-    rows, what, folders = manifest(), args.what, args.runs
-    tables, most = {r.partition("-")[0] for r in rows if r[0] not in "fq"}, TAKES.get(what, 0)
-    if what not in {*tables, *TAKES}:
-        p.error(f"{what!r} is no table, figure or command of report.py: see --help")
-    least = 2 if what == "agreement" else min(most, 1)
-    if not least <= len(folders) <= most:
-        p.error(f"{what} takes {('no RUN', 'one RUN', 'two RUNs', 'one RUN or more')[min(most, 3)]}")
-    if args.out and (what in tables or what in ("status", "readme", "deviations", "collect", "agreement",
-                                                "robustbench")):
+    what, pictures = args.what, {"f1", "f2", "f3", "f4", "curves", "effects"}
+    if bool(args.runs) != (what == "curves"):
+        p.error("curves takes folders of runs, and nothing else does")
+    if args.out and what not in pictures:
         p.error(f"--out has no effect with {what}, which draws nothing")
-    if what == "status":
-        print(status(rows))
-    elif what in tables:
-        print(table([row for r, row in rows.items() if r.partition("-")[0] == what]))
-    elif what == "readme":
-        text = renew_readme(rows)
-        runs.write_atomically(runs.HERE / "README.md", text.encode())
-    elif what == "deviations":
-        print("\n".join(deviations(*claimed(folders[0], rows))) or "none")
-    elif what == "collect":
-        print("\n".join(collect(*claimed(folder, rows), args.force) for folder in folders))
-    elif what == "agreement":
-        print(agreement(folders))
-    elif what == "robustbench":
-        print(robustbench(claimed(folders[0], rows)[0]))
+    if args.laptop and what in pictures | {"measured"}:
+        p.error(f"--laptop has no effect with {what}")
+    if what == "curves":
+        return save(show_curves(args.runs), args.out or "figures/curves.png")
+    rows = read_rows(roots=["results"] if what == "measured" else ["runs", "results"])
+    table = [row for row in rows.values() if row.table == what and not re.match("[fq]", what)]
+    laptop = read_rows(laptop=True) if args.laptop or what == "effects" else None
+    if table:
+        print(show_laptop_table(table, rows, laptop) if args.laptop else show_table(table, rows))
+    elif what == "status":
+        print(show_status(laptop or rows))
+    elif what == "measured":
+        print(show_measured(rows))
+    elif what == "effects":
+        fig, text = show_effects(rows, laptop)
+        print(text)
+        save(fig, args.out or "results/effects.png")
+    elif what in pictures:
+        save(show_figure(what, rows), *([args.out] if args.out else [f"figures/{what}{s}" for s in (".png", ".pdf")]))
     else:
-        default = f"figures/{'-'.join([what, *(Path(f).absolute().name for f in folders)])}"
-        fig = draw(what, folders, rows, args.data_dir)
-        save(fig, (args.out or default).removesuffix(".png").removesuffix(".pdf"))
+        p.error(f"{what!r} is no table, figure or command of report.py: see --help")
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run_script(main)
