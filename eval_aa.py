@@ -212,11 +212,9 @@ def open_result(path, about, overwrite):
 def estimate(pgd10, left, done):
     """(accuracy, its standard error), per cent, from flags (N,): pgd10 of all images, `left` of those done.
 
-    See the formula at the top. With none done it is PGD-10, an upper bound in practice, and no error.
+    See the formula at the top. At least one image has to be done.
     """
     total, n = len(done), done.sum()
-    if n == 0:
-        return round(100 * pgd10.mean(), 2), None
     difference = pgd10[done].astype(float) - left[done]
     spread = ((difference - difference.mean()) ** 2).sum() / max(n - 1, 1)
     error = math.sqrt((1 - n / total) * spread / n)
@@ -226,8 +224,8 @@ def estimate(pgd10, left, done):
 def save(path, result, flags):
     """Bring the figures of the result up to date and write both files, each whole or not at all."""
     n_done, attacks = int(flags["done"].sum()), result["attacks"]
-    left = {a: estimate(flags["pgd10"], flags[a], flags["done"]) for a in attacks}
-    aa, error = left[attacks[-1]] if tuple(attacks) == STANDARD else (None, None)
+    left = {a: estimate(flags["pgd10"], flags[a], flags["done"]) for a in attacks if n_done}
+    aa, error = left.get(STANDARD[-1], (None, None)) if tuple(attacks) == STANDARD else (None, None)
     result |= {k: percent(torch.from_numpy(v)) for k, v in flags.items() if k.startswith(("clean", "pgd"))}
     result |= {"n_done": n_done, "complete": not attacks or n_done == result["n"], "left": left, "aa": aa,
                "aa_error": error}

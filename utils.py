@@ -433,7 +433,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(low, high=math.inf, kind=float):
-    """An argparse type: a finite number of that kind from low to high; 1.0 as `high` is excluded itself."""
+    """An argparse type: a finite number of that kind, at least low and below high."""
     def parse(text):
         try:
             value = kind(text)
@@ -824,10 +824,11 @@ def resume(args, defaults, state, about):
     elif (out / "last.pt").exists() or (out / "best.pt").exists():
         raise InputError(f"{out} holds a checkpoint but no args.json: choose another --out")
     barrier()  # every process has looked before the first one writes
+    if log:
+        print(f"{out} has finished" if len(log) == args.epochs else
+              f"going on with {out} after epoch {len(log)}")
     if len(log) < args.epochs:
         write_json(out / "args.json", record)
-    elif (out / "last.pt").exists():
-        print(f"{out} has finished")
     return log
 
 
@@ -842,7 +843,6 @@ def restore(out, state, measure):
     state.get("average", state["model"]).load_state_dict(checkpoint["state_dict"])
     for name, saved in checkpoint.pop("others").items():
         state[name].load_state_dict(saved)
-    print(f"going on with {out} after epoch {checkpoint['epoch']}")
     write_best_and_log(out, checkpoint, measure)
     return checkpoint["log"]
 
