@@ -3,6 +3,7 @@
 import math
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from models.__main__ import TABLE_11
 from utils import best
@@ -12,8 +13,8 @@ NAMES = {"preactresnet-18": "ResNet-18", "preactresnet-50": "ResNet-50", "senet-
          "densenet-121": "DenseNet-121", "densenet-201": "DenseNet-201", "googlenet": "GoogLeNet",
          "dpn-26": "DPN-26", "dpn-92": "DPN-92", "resnext-29": "ResNeXt-29", "regnetx-200mf": "RegNetX-200MF",
          "regnetx-400mf": "RegNetX-400MF", "wrn-34-10": "WRN-34-10", "wrn-34-20": "WRN-34-20"}
-# Okabe and Ito's colours: colour-blind readers tell them apart.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+# Okabe and Ito's colours, with grey for their yellow: colour-blind readers tell them apart.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 HOLLOW = {"linestyle": "", "markerfacecolor": "none", "markersize": 9}
 LINES = {"clean": "--", "pgd10": "-"}
 
@@ -29,15 +30,17 @@ def subplots(columns, width, height=3.2, rows=1, **shared):
 def place_names(ax, points):
     """Write names beside their points, each at the nearest place where it covers no point and no other name.
 
-    points: [(x, y, name, radius of its marker in points)]. A thin line leads from a name to its point.
+    points: [(x, y, name, radius of its marker in points, colour)]. A thin line of that colour joins the two.
     """
+    points = sorted(points, key=lambda point: -len(point[2]))  # a short name finds a place anywhere
     ax.figure.draw_without_rendering()  # places the axes
     scale, frame = ax.figure.dpi / 72, ax.get_window_extent()
     at = ax.transData.transform([(x, y) for x, y, *_ in points])
     taken = [(u - r, v - r, u + r, v + r) for (u, v), r in zip(at, (scale * p[3] for p in points))]
-    for (x, y, name, radius), (u, v) in zip(points, at):
+    for (x, y, name, radius, colour), (u, v) in zip(points, at):
+        line = {"arrowstyle": "-", "linewidth": 0.6, "color": colour, "shrinkB": radius}
         text = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=6.5, ha="center",
-                           va="center", arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.5"})
+                           va="center", arrowprops=line)
         text.set_in_layout(False)
         box = text.get_window_extent()
         w, h = box.width / 2 + scale, box.height / 2
@@ -46,9 +49,10 @@ def place_names(ax, points):
             dx, dy = (w + ring) * math.sin(angle), (h + ring) * math.cos(angle)
             left, bottom, right, top = mine = u + dx - w, v + dy - h, u + dx + w, v + dy + h
             inside = frame.x0 < left and right < frame.x1 and frame.y0 < bottom and top < frame.y1
-            if inside and not any(left < b[2] and b[0] < right and bottom < b[3] and b[1] < top for b in taken):
+            if inside and not any(left < c and a < right and bottom < d and b < top for a, b, c, d in taken):
                 break
         text.set_position((dx / scale, dy / scale))
+        text.arrow_patch.set_visible(i >= 3 * 24)  # which a name that touches its point does not need
         taken.append(mine)
 
 
@@ -74,19 +78,19 @@ def draw_runs(runs):
     columns = min(2, len(runs))
     rows = -(-len(runs) // columns)
     fig, axes = subplots(columns, 4.5 * columns + 0.5, 2.8 * rows + 0.7, rows, sharey=True)
-    for ax, (name, log, decays) in zip(axes.flat, runs):
+    for ax, (title, log, decays) in zip(axes.flat, runs):
         entry, split = chosen(log)
-        for metric, attacked, colour in (("clean", "clean", COLOURS[1]), ("pgd10", "adv", COLOURS[0])):
-            what = METRICS[metric].replace("C", "c")
-            plot(ax, log, f"train_{attacked}_acc", "-", linewidth=0.7, color=colour, label=f"training, {what}")
-            plot(ax, log, f"{split}_{metric}", ".-", linewidth=2, color=colour, label=f"{split}, {what}")
+        for metric, key, name, colour in (("clean", "train_clean_acc", "clean", COLOURS[1]),
+                                          ("pgd10", "train_adv_acc", "adversarial", COLOURS[0])):
+            thin, thick = {"color": colour, "linewidth": 0.7}, {"color": colour, "linewidth": 2}
+            plot(ax, log, key, "-", label=f"training, {name}", **thin)
+            plot(ax, log, f"{split}_{metric}", ".-", label=f"{split}, {METRICS[metric]}", **thick)
             plot(ax, entry, f"{split}_{metric}", "k*", markersize=10, zorder=3)
         for epoch in decays:
             ax.axvline(epoch, color="0.5", linestyle=":")
         robust = [e[f"{split}_pgd10"] for e in log if e.get(f"{split}_pgd10") is not None]
         about = f"\nPGD-10: best {max(robust):.2f}, last {robust[-1]:.2f}" if robust else ""
-        ax.set(title=name + about, xlabel="epoch", ylabel="accuracy (%)", xlim=(0, 1.02 * len(log)))
-        ax.label_outer(remove_inner_ticks=False)
+        ax.set(title=title + about, xlabel="epoch", ylabel="accuracy (%)", xlim=(0, 1.02 * len(log)))
     for ax in axes.flat[len(runs):]:
         ax.remove()
     for style, label in (("k*", "best epoch"), ("k:", "the learning rate decays")):
@@ -95,7 +99,9 @@ def draw_runs(runs):
     return fig
 
 
-# ---- Figures 1 to 4. rows: [(report.Row, [a seed's log], the seeds' mean {metric: figure})] ------------------
+# ---- Figures 1 to 4 ----------------------------------------------------------------------------------------
+
+# rows: [(report.Row, [a seed's log], the seeds' mean {metric: figure})]
 
 
 def draw_curves(ax, rows):
@@ -121,7 +127,8 @@ def draw_curves(ax, rows):
 def draw_weight_decay(ax, rows):
     """Accuracy by weight decay, a colour for each network."""
     for model, colour in zip(("preactresnet-18", "wrn-34-10"), COLOURS):
-        points = [(row.setting["wd"], ours, row.paper) for row, _, ours in rows if row.setting["model"] == model]
+        mine = [(row, ours) for row, _, ours in rows if row.setting["model"] == model]
+        points = [(row.setting["wd"], ours, row.paper) for row, ours in mine]
         for metric, line in LINES.items():
             filled = {"linestyle": line, "label": f"{NAMES[model]}, {METRICS[metric]}"}
             for column, style in ((1, filled), (2, HOLLOW)):
@@ -145,7 +152,7 @@ def draw_architectures(ax, rows):
             at = figures["clean"], figures["pgd10"]
             ax.scatter(*at, 2 * size, edgecolors=colour, facecolors=face, alpha=0.8)
         if faces:
-            names.append((*at, NAMES[row.setting["model"]], (size / 2) ** 0.5))
+            names.append((*at, NAMES[row.setting["model"]], (size / 2) ** 0.5, colour))
     ax.margins(0.15)
     ax.set(xlabel="clean accuracy (%); hollow: the paper's", ylabel="PGD-10 accuracy (%)")
     place_names(ax, names)
@@ -181,9 +188,13 @@ def draw_effects(panels):
         for _, table, x, y, error in points:
             ax.errorbar(x, y, error, markersize=5, elinewidth=0.6, zorder=3, **look[table])
         ax.margins(0.08)
-        ax.set(title=title, xlabel="the paper's effect, in percentage points",
+        ax.set(title=title, xlabel="the paper's effect, in percentage points", xscale="asinh", yscale="asinh",
                ylabel="ours (tiny network, 2,500 images, 44 epochs), in percentage points")
-        place_names(ax, [(x, y, name, 3) for name, _, x, y, _ in points])
+        for axis in (ax.xaxis, ax.yaxis):  # linear up to about a point, where most effects are
+            axis.set_major_locator(FixedLocator([-16, -8, -4, -2, -1, -0.5, 0, 0.5, 1, 2, 4, 8, 16]))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+        place_names(ax, [(x, y, name, 3, look[table]["color"]) for name, table, x, y, _ in points])
     for table, style in look.items():
         axes[0, 0].plot([], [], linestyle="", label=f"Table {table[1:]}", **style)
     fig.legend(loc="outside lower center", ncols=len(look))
