@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import eval_aa
-import models
 import train_pgdat
 import train_trades
 import utils
@@ -85,38 +84,12 @@ def test_every_trick_trains(script, small_npz, tmp_path, module, flags):
         assert entries[0]["lr"] == pytest.approx(0.05 / 2) and entries[1]["eps"] == pytest.approx(8 / 255)
 
 
-@pytest.mark.parametrize("bn_mode", ["train", "eval"])
-def test_compiled_training_takes_the_same_steps_and_compiles_nothing_after_an_epoch(train, tmp_path,
-                                                                                    monkeypatch, bn_mode):
-    """Batches of 40 and 16 images, tests of 40. The backend executes the graphs as they are."""
-    graphs, after, save, compile = [], [], utils.save, torch.nn.Module.compile
-    monkeypatch.setattr(models.Network, "compile", lambda self, **options: compile(
-        self, backend=lambda graph, inputs: graphs.append(graph) or graph, **options))
-    monkeypatch.setattr(train_pgdat, "save", lambda *args: after.append(len(graphs)) or save(*args))
-    torch._dynamo.reset()
-    flags = ("--bn-mode", bn_mode, "--batch-size", 40, "--steps", 2)
-    for name, more in (("eager", ()), ("compiled", ("--compile",))):
-        status, _, err = train(*flags, *more, out=tmp_path / name)
-        assert status == 0, err
-    assert after[:2] == [0, 0] and after[2] == after[3] > 3
-    for eager, compiled in zip(log(tmp_path / "eager"), log(tmp_path / "compiled")):
-        assert compiled["train_loss"] == pytest.approx(eager["train_loss"], rel=1e-3)
-
-
 def test_the_training_set_is_learnt(train, tmp_path):
     """A few epochs fit 96 images far beyond chance, on adversarial images too: the loop does learn."""
     status, _, err = train("--epochs", 12, "--bn-mode", "eval", "--eps", "2/255", "--eval-every", 12,
                            "--lr-schedule", "onecycle")
     assert status == 0, err
     assert log(tmp_path / "run")[-1]["train_adv_acc"] > 30
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_pgdat, "schedule", lambda t, args: (1e-3 if t < 1 else 1e30, args.eps))
-    status, _, err = train("--activation", "elu", "--momentum", 0)
-    assert status == 1 and len(err.splitlines()) == 1
-    assert "the loss is not finite at step 1 of epoch 2; what is saved is of the epoch before" in err
-    assert utils.load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
 
 
 def test_dry_run_shows_the_setting_and_needs_no_data(script, tmp_path, monkeypatch):

@@ -77,11 +77,13 @@ def pretended_gpu(n=1):
         if index >= n:
             raise RuntimeError("CUDA error: invalid device ordinal")
 
-    cuda = {"is_available": lambda: True, "device_count": lambda: n, "current_device": lambda: 0,
-            "is_bf16_supported": lambda: True, "is_current_stream_capturing": lambda: False,
-            "get_device_name": lambda device=None: "pretended GPU"}
-    with mock.patch.multiple(torch.cuda, **cuda), mock.patch.object(torch, "Generator", Generator), \
+    cuda = {"is_available": True, "device_count": n, "current_device": 0, "is_bf16_supported": True,
+            "is_current_stream_capturing": False, "get_device_name": "pretended GPU"}
+    stream = mock.Mock(is_capturing=lambda: False)
+    with mock.patch.multiple(torch.cuda, **{k: mock.Mock(return_value=v) for k, v in cuda.items()}), \
+            mock.patch.object(torch.accelerator, "current_stream", lambda: stream), \
             mock.patch.object(torch._C, "_cuda_setDevice", set_driver_device, create=True), \
+            mock.patch.object(torch, "Generator", Generator), \
             mock.patch.object(torch.nn.Parameter, "__deepcopy__", copy_parameter), \
             mock.patch.object(torch, "compile", lambda model, **options: model), PretendedGPU():
         yield

@@ -55,21 +55,21 @@ def test_early_stopped_attack_moves_an_image_until_it_has_been_misclassified_oft
         forwards.append(1)
         return model(x)
 
-    result = utils.pgd(counting, x, y, start, 0.1, 0.02, 10, tolerance=tolerance)
+    result = utils.pgd(counting, x, y, start, 0.4, 0.02, 20, tolerance=tolerance)
     taken = []
     for i in range(len(x)):
         want, left, steps = start[i].numpy(), tolerance, 0
-        for _ in range(10):
+        for _ in range(20):
             if (w @ want.ravel() + b).argmax() != y[i]:
                 left -= 1
                 if left == 0:
                     break
-            want = reference_step(model, x[i].numpy(), want, y[i].item(), 0.1, 0.02)
+            want = reference_step(model, x[i].numpy(), want, y[i].item(), 0.4, 0.02)
             steps += 1
         np.testing.assert_allclose(result[i].numpy(), want, rtol=0, atol=1e-12)
         taken.append(steps)
     assert len(set(taken)) > 1, "the problem should stop some images earlier than others"
-    assert len(forwards) == min(10, max(taken) + 1)  # the attack ends as soon as every image has stopped
+    assert len(forwards) == max(taken) + 1 < 20  # the attack ends as soon as every image has stopped
 
 
 @pytest.mark.parametrize("eps", [0.0, 1 / 255, 0.031, 8 / 255, 0.3, 1.0])
@@ -103,6 +103,7 @@ def test_attack_mode_freezes_and_restores(bn_mode):
     with pytest.raises(RuntimeError, match="inside"):
         with utils.attack_mode(model, bn_mode):
             assert all(m.training == (bn_mode == "train") for m in model.modules())
+            assert not any(p.requires_grad for p in model.parameters())
             x = torch.rand(2, 3, 32, 32)
             utils.pgd(model, x, torch.tensor([0, 1]), x, 0.1, 0.1, 2)
             raise RuntimeError("inside")  # restored even so

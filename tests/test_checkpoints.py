@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+import eval_aa
 import models
 import utils
 
@@ -43,16 +44,15 @@ def test_damaged_and_alien_files_are_refused(tmp_path):
         (tmp_path / f"cut{keep}.pt").write_bytes(whole[:keep])
     (tmp_path / "text.pt").write_text("hello, world")
     (tmp_path / "folder.pt").mkdir()
-    aliens = {"list": [1, 2], "dict": {"epoch": 1}, "empty": {}, "none": None, "nested": {"state_dict": {"a": 1}}}
-    for name, value in aliens.items():
-        torch.save(value, tmp_path / f"{name}.pt")
+    for i, value in enumerate(([1, 2], None, {}, {"epoch": 1}, {"state_dict": {"epoch": 1}})):
+        torch.save(value, tmp_path / f"alien{i}.pt")
     (tmp_path / "whole.pt").unlink()
     for path in (*tmp_path.iterdir(), tmp_path / "missing.pt"):
         with pytest.raises(utils.InputError, match=path.name):
             utils.load_checkpoint(path)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "c.pt"
     utils.save_checkpoint(path, {"state_dict": {"w": torch.ones(1)}})
 
@@ -66,3 +66,20 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "rank", lambda: 1)  # of several processes only the first writes
     utils.save_checkpoint(path, {"state_dict": {"w": torch.zeros(1)}})
     assert utils.load_checkpoint(path)["state_dict"]["w"].item() == 1
+    monkeypatch.undo()
+    os.link(path, tmp_path / "old.pt")
+    utils.save_checkpoint(path, {"state_dict": {"w": torch.zeros(1)}})  # renamed, not written over
+    assert [utils.load_checkpoint(p)["state_dict"]["w"].item() for p in (path, tmp_path / "old.pt")] == [0, 1]
+
+
+def test_weights_of_another_architecture_or_not_finite_are_refused_by_their_first_key():
+    """That old checkpoints, as before torch 0.4.1, count no batches is no difference."""
+    state = models.build("tiny").state_dict()
+    old = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    eval_aa.load_weights(models.build("tiny"), old, "x.pt")
+    wrn = {"conv1.weight": torch.zeros(16, 3, 3, 3), "fc.bias": torch.zeros(10)}
+    nan = {**state, "linear.bias": state["linear.bias"] + float("nan")}
+    for other, problem in ((wrn, r'another architecture: .*"layer1.0.bn1.weight'), (nan, "NaN or infinite"),
+                           (models.build("tiny", 100).state_dict(), r"mismatch for linear.weight.*\[100, ")):
+        with pytest.raises(utils.InputError, match=f"x.pt .*{problem}"):
+            eval_aa.load_weights(models.build("tiny"), other, "x.pt")

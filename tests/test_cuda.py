@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,12 +20,6 @@ import train_trades
 import utils
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-def test_the_pretended_gpu_keeps_torchs_own_check():
-    """Without it, no test would see that torch.cuda.set_device takes no device without an index."""
-    with pretended_gpu(), pytest.raises(ValueError, match="specified index"):
-        torch.cuda.set_device(torch.device("cuda"))
 
 
 def test_a_gpu_that_is_not_there_is_one_clear_line(script):
@@ -80,41 +75,36 @@ def test_training_going_on_and_evaluation(script, small_npz, tmp_path, monkeypat
             patch.setattr(module, "schedule", interrupted)
             assert script(module, *argv, "--epochs", 2, "--out", run)[0] == 130
         trained = script(module, *argv, "--epochs", 2, "--out", run, "--resume")
-        evaluated = script(eval_aa, run, "--n", 6, "--attacks", "apgd-ce", "--device", device)
+        evaluated = script(eval_aa, run, "--n", 2, "--attacks", "apgd-ce", "--device", device)
         name = torch.cuda.get_device_name()
     record, result = (json.loads((run / f"{file}.json").read_text()) for file in ("args", "result"))
     precision = flags[1] if flags[0] == "--precision" else "tf32"
-    for (status, out, err), precision in ((trained, precision), (evaluated, "tf32")):
+    for (status, out, err), used in ((trained, precision), (evaluated, "tf32")):
         assert status == 0 and err == "", err
-        assert f"device cuda:0: {name}, torch {torch.__version__}, {precision}\n" in out
+        assert f"device cuda:0: {name}, torch {torch.__version__}, {used}\n" in out
     assert record["args"]["precision"] == precision and record["device"] == result["device"] == name
     assert "after epoch 1" in trained[1] and result["complete"]
     assert len(log(run)) == 2 and all(0 < e["train_loss"] < 100 for e in log(run))
 
 
-# ---- Precision: what only a GPU can show, and as much of that as a CPU can ----------------------------------
+# ---- Precision: what only a GPU can show, and as much of it as a CPU can ----------------------------------
 
 
-@pytest.fixture
-def updates(monkeypatch):
-    """updates(n, device, precision): n updates of PGD-AT on one batch -> (their losses, model, x, y)."""
-    def run(n, device, precision, compiled=False, dtype=torch.float32):
-        utils.set_precision(precision, torch.device(device))
-        args, losses, name = train_pgdat.parse_args(["--bn-mode", "eval"]), [], "preactresnet-18"
-        torch.manual_seed(0)
-        model = models.build("tiny" if device == "cpu" else name, bf16=precision == "bf16").to(device, dtype)
-        if compiled:
-            utils.compile_model(model)
-        x, y = torch.rand(64, 3, 32, 32).to(device, dtype), torch.randint(10, (64,)).to(device)
-        optimizer = utils.make_optimizer(model, "sgd", 0.01, 5e-4)
-        for i in range(n):
-            noise = utils.seeded(device, i)
-            losses.append(train_pgdat.train_step(model, optimizer, x, y, 8 / 255, 0, noise, args)[0].item())
-        return losses, model, x, y
-
-    start = utils.random_start  # the same one in float64
-    monkeypatch.setattr(train_pgdat, "random_start", lambda x, *rest: start(x.float(), *rest).to(x.dtype))
-    return run
+def updates(n, device, precision, compiled=False, dtype=torch.float32):
+    """n updates of PGD-AT, whose attack starts from the images, on one batch -> their losses, model, x, y."""
+    utils.set_precision(precision, torch.device(device))
+    args, losses = train_pgdat.parse_args(["--bn-mode", "eval"]), []
+    torch.manual_seed(0)
+    name = "tiny" if device == "cpu" else "preactresnet-18"
+    model = models.build(name, bf16=precision == "bf16").to(device, dtype)
+    if compiled:
+        utils.compile_model(model)
+    x, y = torch.rand(32, 3, 32, 32).to(device, dtype), torch.randint(10, (32,)).to(device)
+    optimizer = utils.make_optimizer(model, "sgd", 0.01, 5e-4)
+    with mock.patch.object(train_pgdat, "random_start", lambda x, eps, noise: x):
+        for _ in range(n):
+            losses.append(train_pgdat.train_step(model, optimizer, x, y, 8 / 255, 0, None, args)[0].item())
+    return losses, model, x, y
 
 
 def on(device, precision, compiled=False):
@@ -125,7 +115,7 @@ def on(device, precision, compiled=False):
 @pytest.mark.parametrize("device, precision, compiled", [
     on("cpu", "fp32"), on("cpu", "bf16"), on("cuda", "fp32"), on("cuda", "tf32"), on("cuda", "bf16"),
     on("cuda", "bf16", True)])
-def test_losses_are_those_in_float64(updates, device, precision, compiled):
+def test_losses_are_those_in_float64(device, precision, compiled):
     """Of three steps; from the second on rounding tells, through the signs of gradients near 0."""
     want, got = updates(3, device, "fp32", dtype=torch.float64)[0], updates(3, device, precision, compiled)[0]
     assert got[0] == pytest.approx(want[0], rel={"fp32": 1e-3, "tf32": 5e-3, "bf16": 1e-2}[precision])
@@ -133,13 +123,12 @@ def test_losses_are_those_in_float64(updates, device, precision, compiled):
 
 
 @pytest.mark.parametrize("device, precision, compiled", [on("cpu", "bf16"), on("cuda", "bf16", True)])
-def test_an_attack_in_bf16_is_as_strong_as_in_fp32(updates, device, precision, compiled):
+def test_an_attack_in_bf16_is_as_strong_as_in_fp32(device, precision, compiled):
     _, model, x, y = updates(20, device, precision, compiled)
     plain = copy.deepcopy(model)
     plain.bf16 = False
     utils.set_precision("fp32", torch.device(device))
     with utils.attack_mode(model, "eval"), utils.attack_mode(plain, "eval"):
-        start = utils.random_start(x, 8 / 255, utils.seeded(device, 0))
-        images = x, *(utils.pgd(m, x, y, start, 8 / 255, 2 / 255, 10) for m in (plain, model))
+        images = x, *(utils.pgd(m, x, y, x, 8 / 255, 2 / 255, 10) for m in (plain, model))
         clean, fp32, bf16 = (torch.nn.functional.cross_entropy(plain(i), y).item() for i in images)
     assert fp32 > 1.2 * clean and bf16 == pytest.approx(fp32, rel=0.02)

@@ -27,3 +27,16 @@ def test_smoothed_loss_agrees_with_torch_at_the_converted_smoothing():
     logits, y = torch.randn(7, 10, dtype=torch.float64), torch.randint(10, (7,))
     want = torch.nn.functional.cross_entropy(logits, y, label_smoothing=0.3 * 10 / 9)
     assert utils.smoothed_cross_entropy(logits, y, 0.3).item() == pytest.approx(want.item(), abs=1e-12)
+
+
+def test_the_logs_figures_are_means_over_images_not_over_batches():
+    meter, right, wrong = utils.Meter("cpu"), torch.eye(4), torch.eye(4).flip(1)
+    meter.add(torch.tensor(2.0), torch.arange(3), right[:3], wrong[:3])
+    meter.add(torch.tensor(6.0), torch.arange(1), wrong[:1], right[:1])
+    assert meter.read() == (3.0, 75.0, 25.0)
+    meter.add(torch.tensor(1.0), torch.arange(2), right[:2])  # no clean logits
+    assert meter.read() == (2.33333, 83.33, 16.67)
+    for loss in (math.nan, math.inf):
+        meter.add(torch.tensor(loss), torch.arange(1), right[:1])
+    with pytest.raises(FloatingPointError, match="not finite at step 3 of the epoch"):
+        meter.read()

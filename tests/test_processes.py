@@ -103,7 +103,8 @@ def evaluation(npz):
 
 
 def torchrun(*argv):
-    return spawn(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", *argv)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--")
+    return spawn(sys.executable, *launcher, *argv)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,8 @@ def test_the_command_line_a_kill_and_one_process_to_go_on(train, small_npz, tmp_
     (train_pgdat, 5, ("--batch-size", 5, "--val", 6, "--early-stop-pgd", 1, 2), "--early-stop-pgd takes one"),
     (train_trades, 2, ("--batch-size", 48, "--awp", 0.01), "--awp takes one process"),
 ])
-def test_what_several_processes_cannot_do(script, small_npz, tmp_path, monkeypatch, module, n, flags, problem):
+def test_what_several_processes_cannot_do(script, small_npz, tmp_path, monkeypatch, module, n, flags,
+                                          problem):
     monkeypatch.setattr(utils, "world", lambda: n)
     monkeypatch.setattr(utils.dist, "init_process_group", lambda *a, **options: None)
     out = tmp_path / "run"

@@ -6,23 +6,27 @@ own step there; then the difference is subtracted.
 """
 
 import copy
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Affine
+from conftest import TINY, Affine
 
 import models
 import train_pgdat
 import train_trades
 import utils
 
-SCRIPTS = pytest.mark.parametrize("script_module", [train_pgdat, train_trades])
+SCRIPTS = pytest.mark.parametrize("module", [train_pgdat, train_trades])
 
 
-def setting(script_module, *argv):
-    return script_module.parse_args(["--model", "tiny", "--out", "unused", *map(str, argv)])
+def step(module, model, optimizer, x, x_adv, y, *argv):
+    """A training step under these flags whose attack finds x_adv."""
+    args = module.parse_args([str(a) for a in argv])
+    with mock.patch.object(module, "pgd" if module is train_pgdat else "trades_attack", lambda *a: x_adv):
+        module.train_step(model, optimizer, x, y, args.eps, 0, utils.seeded("cpu"), args)
 
 
 def problem():
@@ -32,9 +36,9 @@ def problem():
     return models.build("tiny").double().train(), x, x_adv, torch.randint(10, (8,))
 
 
-def loss_of(script_module, model, x, x_adv, y):
+def loss_of(module, model, x, x_adv, y):
     """PGD-AT's or TRADES's loss, in torch's own words, and the forwards in the order of the scripts."""
-    if script_module is train_pgdat:
+    if module is train_pgdat:
         return F.cross_entropy(model(x_adv), y)
     natural, adversarial = model(x), model(x_adv)
     kl = F.kl_div(adversarial.log_softmax(1), natural.log_softmax(1), reduction="batchmean", log_target=True)
@@ -71,50 +75,49 @@ def test_perturbation_and_the_gradient_there_by_loops():
     utils.restore_weights(before)
     assert (model.weight.detach().numpy() == w).all() and model.weight.grad is None
 
-    args = setting(train_pgdat, "--bn-clean-passes", 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train_pgdat.train_step(model, model, optimizer, x, x, y, args, gamma)
+    step(train_pgdat, model, optimizer, x, x, y, "--awp", gamma)
     np.testing.assert_allclose(model.weight.grad.numpy(), by_weight, rtol=0, atol=1e-14)
     np.testing.assert_allclose(model.bias.grad.numpy(), by_bias, rtol=0, atol=1e-14)
     np.testing.assert_allclose(model.weight.detach().numpy(), w - 0.1 * by_weight, rtol=0, atol=1e-14)
 
 
 @SCRIPTS
-def test_two_steps_are_those_of_the_authors_procedure(script_module):
+def test_two_steps_are_those_of_the_authors_procedure(module):
     """Weights and running statistics. Without weight decay, which they take of the perturbed weights."""
     gamma = 0.01
     model, x, x_adv, y = problem()
-    flags = ("--bn-clean-passes", 1) if script_module is train_pgdat else ()
-    args, ref, proxy = setting(script_module, *flags), copy.deepcopy(model), copy.deepcopy(model)
+    flags = ("--bn-clean-passes", 1, "--bn-mode", "eval") if module is train_pgdat else ()
+    ref, proxy = copy.deepcopy(model), copy.deepcopy(model)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, ref)]
     for _ in range(2):
-        script_module.train_step(model, model, optimizers[0], x, x_adv, y, args, gamma)
+        step(module, model, optimizers[0], x, x_adv, y, "--awp", gamma, *flags)
 
         proxy.load_state_dict(ref.state_dict())
         up = torch.optim.SGD(proxy.parameters(), lr=0.01)
         up.zero_grad()
-        (-loss_of(script_module, proxy, x, x_adv, y)).backward()
+        (-loss_of(module, proxy, x, x_adv, y)).backward()
         up.step()
-        difference = {name: (q - p).detach() for (name, p), q in zip(ref.named_parameters(),
-                                                                     proxy.parameters())}
+        difference = {name: (q - p).detach()
+                      for (name, p), q in zip(ref.named_parameters(), proxy.parameters())}
         moved = {name: gamma * p.norm() / (difference[name].norm() + 1e-20) * difference[name]
                  for name, p in ref.named_parameters() if p.dim() > 1 and "weight" in name}
         assert len(moved) > 10
         with torch.no_grad():
             [p.add_(moved[name]) for name, p in ref.named_parameters() if name in moved]
         optimizers[1].zero_grad()
-        loss_of(script_module, ref, x, x_adv, y).backward()
+        loss_of(module, ref, x, x_adv, y).backward()
         optimizers[1].step()
         with torch.no_grad():
             [p.sub_(moved[name]) for name, p in ref.named_parameters() if name in moved]
-            if script_module is train_pgdat:
+            if module is train_pgdat:
                 ref(x)
     for (name, value), want in zip(model.state_dict().items(), ref.state_dict().values()):
         torch.testing.assert_close(value, want, rtol=1e-9, atol=1e-10, msg=name)
 
 
 @SCRIPTS
-def test_the_optimiser_finds_the_weights_as_they_were(script_module):
+def test_the_optimiser_finds_the_weights_as_they_were(module):
     """Bit for bit, in float32, whose additions do not cancel."""
     model, x, x_adv, y = problem()
     model, x, x_adv = model.float(), x.float(), x_adv.float()
@@ -122,31 +125,29 @@ def test_the_optimiser_finds_the_weights_as_they_were(script_module):
     optimizer = utils.make_optimizer(model, "sgd", 0.1, 5e-4)
     optimizer.register_step_pre_hook(lambda *_: found.extend(p.detach().clone() for p in model.parameters()))
     plain = copy.deepcopy(model)
-    script_module.train_step(model, model, optimizer, x, x_adv, y, setting(script_module), 0.01)
+    step(module, model, optimizer, x, x_adv, y, "--awp", 0.01)
     assert all(map(torch.equal, before, found)) and len(found) == len(before)
-    script_module.train_step(plain, plain, utils.make_optimizer(plain, "sgd", 0.1, 5e-4), x, x_adv, y,
-                             setting(script_module))
+    step(module, plain, utils.make_optimizer(plain, "sgd", 0.1, 5e-4), x, x_adv, y)
     assert not torch.equal(model.conv1.weight, plain.conv1.weight)
 
 
 @SCRIPTS
-def test_the_ascent_moves_no_statistics(script_module):
+def test_the_ascent_moves_no_statistics(module):
     """A step updates them as often as without it, on the perturbed weights."""
-    model, x, x_adv, y = problem()
-    args, forwards = setting(script_module), []
+    (model, x, x_adv, y), forwards = problem(), []
     model.register_forward_pre_hook(lambda m, i: forwards.append((m.training, int(m.bn.num_batches_tracked))))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for gamma, ascent in ((0, 0), (0.01, 1 if script_module is train_pgdat else 2)):
+    for gamma, ascent in ((0, 0), (0.01, 1 if module is train_pgdat else 2)):
         forwards.clear()
         model.bn.num_batches_tracked.zero_()
-        script_module.train_step(model, model, optimizer, x, x_adv, y, args, gamma)
-        usual = 3 if script_module is train_pgdat else 2  # PGD-AT: the robust pass and two clean ones
+        step(module, model, optimizer, x, x_adv, y, "--bn-mode", "eval", "--awp", gamma)
+        usual = 3 if module is train_pgdat else 2  # PGD-AT: the robust pass and two clean ones
         assert model.bn.num_batches_tracked == usual and len(forwards) == usual + ascent
         assert forwards[ascent] == (True, 0)  # after the ascent, as if it had not been
 
     model, x, x_adv, y = problem()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    moved = utils.perturb_weights(model, lambda: loss_of(script_module, model, x, x_adv, y), 0.01)
+    moved = utils.perturb_weights(model, lambda: loss_of(module, model, x, x_adv, y), 0.01)
     now = model.state_dict()
     for name, value in before.items():
         perturbed = name.endswith("weight") and value.dim() > 1
@@ -156,21 +157,17 @@ def test_the_ascent_moves_no_statistics(script_module):
 
 
 @SCRIPTS
-def test_it_starts_after_the_warm_up(script_module, small_npz, monkeypatch):
-    data, gammas, step = utils.load_dataset(small_npz), [], script_module.train_step
-    monkeypatch.setattr(script_module, "train_step", lambda *a: gammas.append(a[-1]) or step(*a))
-    args = setting(script_module, "--batch-size", 96, "--steps", 1, "--awp", 0.005, "--awp-warmup", 2)
-    model = models.build("tiny")
-    work = (model, model, script_module.make_attack(model, model, args),
-            utils.make_optimizer(model, "sgd", 0.1, 0), data.train_images, data.train_labels, args)
-    for epoch in (0, 1, 2, 3):
-        script_module.train_epoch(*work, epoch)
-    assert gammas == [0, 0, 0.005, 0.005]
+def test_it_starts_after_the_warm_up(module, script, small_npz, tmp_path, monkeypatch):
+    gammas = []
+    monkeypatch.setattr(module, "perturb_weights", lambda model, loss, gamma: gammas.append(gamma) or [])
+    status, _, err = script(module, *TINY, "--dataset", small_npz, "--steps", 1, "--epochs", 3, "--awp",
+                            0.005, "--awp-warmup", 2, "--out", tmp_path / "run")
+    assert status == 0 and gammas == [0, 0, 0, 0, 0.005, 0.005], err
 
 
 @SCRIPTS
-def test_a_warm_up_of_nothing_is_refused(script_module, script):
-    status, _, err = script(script_module, "--awp-warmup", 5)
+def test_a_warm_up_of_nothing_is_refused(module, script):
+    status, _, err = script(module, "--awp-warmup", 5)
     assert status == 2 and err.endswith("error: --awp-warmup has no effect with --awp 0\n")
 
 
