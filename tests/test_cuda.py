@@ -22,9 +22,9 @@ import utils
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def test_a_gpu_that_is_not_there_is_one_clear_line(script):
+def test_a_gpu_that_is_not_there_is_one_clear_line(train):
     with pretended_gpu(2):
-        status, _, err = script(train_pgdat, "--device", "cuda:7")
+        status, _, err = train("--device", "cuda:7")
     assert status == 2 and err.startswith("train_pgdat.py: error: --device cuda:7 cannot be used: CUDA error")
     assert err.count("\n") == 1
 

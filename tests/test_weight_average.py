@@ -77,6 +77,7 @@ def test_a_run_tests_and_saves_the_average_and_trains_as_without(module, script,
 
 @SCRIPTS
 @pytest.mark.parametrize("value", [1, -0.1, 2])
-def test_a_decay_that_is_none_is_refused(module, script, value):
-    status, _, err = script(module, "--ema", value)
-    assert status == 2 and "--ema" in err
+def test_a_decay_that_is_none_is_refused(module, value, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        module.parse_args(["--ema", str(value)])
+    assert "--ema" in capfd.readouterr().err

@@ -166,9 +166,10 @@ def test_it_starts_after_the_warm_up(module, script, small_npz, tmp_path, monkey
 
 
 @SCRIPTS
-def test_a_warm_up_of_nothing_is_refused(module, script):
-    status, _, err = script(module, "--awp-warmup", 5)
-    assert status == 2 and err.endswith("error: --awp-warmup has no effect with --awp 0\n")
+def test_a_warm_up_of_nothing_is_refused(module, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        module.parse_args(["--awp-warmup", "5"])
+    assert capfd.readouterr().err.endswith("error: --awp-warmup has no effect with --awp 0\n")
 
 
 @pytest.mark.parametrize("name", models.MODELS)
