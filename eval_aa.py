@@ -36,7 +36,7 @@ from pyautoattack import AutoAttack
 
 import models
 from utils import (InputError, Parser, environment, evaluate, fraction, load_checkpoint,
-                   load_dataset, lock, number, percent, progress, rank, run_script, sha256_of, start,
+                   load_dataset, lock, number, percent, progress, rank, run_script, sha256_of, start_device,
                    sum_over_processes, to_float, world, write_json, write_whole)
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack's standard version, in its order
@@ -325,7 +325,7 @@ def show_late(flags):
 
 def main():
     args = parse_args()
-    device = start(args)
+    device = start_device(args)
     path, out = locate(args)
     model, images, labels, about = load_subject(args, path, device)
     print(f"{path}: {about['model']}, {len(labels):,} test images, eps {255 * about['eps']:.4g}/255")

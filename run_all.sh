@@ -284,8 +284,8 @@ scale_down() {
     for i in "${!ids[@]}"; do
         [[ ${evaluations[i]} == *"--which last"* ]] && which=" --which last" || which=""
         [[ ${ids[i]} == t@(2|4|7|12)-* ]] && attacks="apgd-ce,apgd-t --stop-after 1000" || attacks=none
-        [[ ${commands[i]} == train_trades.py* ]] && bn_mode=eval || bn_mode=train
         key="${commands[i]/ --model +([! ])/} "
+        case $key in train_pgdat.py*) bn_mode=train ;; train_trades.py*) bn_mode=eval ;; *) bn_mode="?" ;; esac
         for default in "wd 5e-4" "epochs 110" "lr-decay-epochs 100 105" "eps 8/255" "alpha 2/255" "bn-mode $bn_mode"; do
             key=${key/ --$default / }
         done
@@ -334,6 +334,7 @@ command_lines() {
 action=${1:-help} python=${PYTHON:-python} laptop="" flags="" runs=" " failed="" rows=()
 for word in "${@:2}"; do
     if [ "$word" = --laptop ]; then laptop=yes
+    elif [[ $word == --@(out|seed)* ]]; then die "$word: a row has a folder of its own, and ROW@S is the row with seed S"
     elif [[ $action == @(print|run) && (-n $flags || $word == --*) ]]; then printf -v flags "%s %q" "$flags" "$word"
     else rows+=("$word"); fi
 done

@@ -10,8 +10,8 @@ PGD attack (Madry et al., 2018) and descends on the loss of the perturbed images
 "default setting" (Section 3); what the paper leaves open is in the README's table of deviations. A run leaves
 args.json, log.jsonl, last.pt and best.pt in its folder, and `python eval_aa.py FOLDER` evaluates it.
 
-Cost: 26 forwards per image and epoch (a backward by inputs or by weights counts as one), of which the attack
-takes 21; one less with --bn-mode eval; 110 epochs.
+Cost: 26 forwards per image and epoch (a backward by inputs or by weights counts as one): 10 steps x 2 + 1 of
+the attack, 3 of the update, 2 clean passes; one less with --bn-mode eval; 110 epochs, and the tests.
 """
 
 import copy
@@ -25,8 +25,8 @@ from utils import (OPTIMIZERS, SCHEDULES, Meter, Parser, attack_mode, average_gr
                    broadcast_statistics, check_processes, compile_model, ema_decay, evaluate, fraction,
                    load_dataset, lock, make_optimizer, number, percent, perturb_weights, pgd, progress,
                    random_start, rank, resolve, restore_weights, resume, run_script, save, schedule, seeded,
-                   shard, show_epoch, smoothed_cross_entropy, start, sync_batch_norm, training_images,
-                   update_average)
+                   shard, show_epoch, show_setting, smoothed_cross_entropy, start_device, sync_batch_norm,
+                   training_images, update_average)
 
 NORMALIZE = models.CIFAR_NORMALIZE  # inside the model, so that the attack lives in [0, 1]
 
@@ -94,7 +94,7 @@ def parse_args(argv=None):
                    help="epochs before that starts; its authors use 0 for PGD-AT and 10 for TRADES")
 
     g = p.add_argument_group("run")
-    g.add_argument("--seed", type=number(0, kind=int), default=0, help="seed of weights, batches, attacks")
+    g.add_argument("--seed", type=number(0, 2**63, int), default=0, help="seed of weights, batches, attacks")
     g.add_argument("--eval-every", type=number(1, kind=int), default=1, metavar="EPOCHS",
                    help="test after every so many epochs, and after the last")
     g.add_argument("--test-batch-size", type=number(1, kind=int), default=250, help="images a test batch")
@@ -117,11 +117,14 @@ def parse_args(argv=None):
 
 
 def train_step(model, optimizer, x, y, eps, epoch, noise, args):
-    """One step of PGD-AT: the attack, then an update on its images.
+    """One step of PGD-AT: the attack, up the cross-entropy without smoothing; then an update on its images.
 
     x (B, 3, 32, 32) in [0, 1], y (B,); noise: the generator of the random start. Returns the loss (), the
     logits (B, K) of the adversarial images, and those of x from the pass after the update, None without one.
     """
+    def loss_of(logits):
+        return smoothed_cross_entropy(logits, y, args.ls)
+
     x_adv, clean_logits = x, None
     if args.attack == "pgd":
         tolerance = 1 + sum(epoch >= e for e in args.early_stop_pgd) if args.early_stop_pgd else None
@@ -132,15 +135,15 @@ def train_step(model, optimizer, x, y, eps, epoch, noise, args):
                     model(x_adv)  # the authors' attack computes its final loss: the statistics move
 
     gamma = args.awp if epoch >= args.awp_warmup else 0
-    moved = perturb_weights(model, lambda: smoothed_cross_entropy(model(x_adv), y, args.ls), gamma)
+    moved = perturb_weights(model, lambda: loss_of(model(x_adv)), gamma)
     logits = model(x_adv)
-    loss = smoothed_cross_entropy(logits, y, args.ls)
+    loss = loss_of(logits)
     optimizer.zero_grad()
     loss.backward()
     restore_weights(moved)
-    # The authors' clean passes exist to log clean accuracy, but they run in train mode: with --bn-mode eval
-    # two of every three updates of the running statistics, which attack and test depend on, are clean. With
-    # --attack none they move the statistics too, which the test depends on.
+    # The authors' clean passes exist to log clean accuracy, but batch norm is in train mode then, whatever
+    # --bn-mode says of the attack: with --bn-mode eval two of every three updates of the running statistics,
+    # which attack and test depend on, are clean. With --attack none they move what the test depends on.
     if args.bn_clean_passes == 2:
         with torch.no_grad():
             model(x)
@@ -153,11 +156,10 @@ def train_step(model, optimizer, x, y, eps, epoch, noise, args):
 
 def main():
     args = parse_args()
-    for key, value in vars(args).items():
-        print(f"  --{key.replace('_', '-'):17} {value}")
+    show_setting(args)
     if args.dry_run:
         return
-    device = start(args)
+    device = start_device(args)
     data = load_dataset(args.dataset, device, args.data_dir)
     (images, labels), val = training_images(data, args.n_train, args.val)
     check_processes(args, len(labels), device)
@@ -185,8 +187,8 @@ def main():
           f"{len(labels):,} images, {steps:,} steps each; {len(data.test_labels):,} test images")
 
     for epoch in range(len(log), args.epochs):
-        began, meter, order = time.time(), Meter(device), seeded(device, args.seed, "data", epoch)
-        stream = batches(images, labels, args.batch_size, order, padding="reflect", shard=shard())
+        began, meter, data_rng = time.time(), Meter(device), seeded(device, args.seed, "data", epoch)
+        stream = batches(images, labels, args.batch_size, data_rng, padding="reflect", shard=shard())
         model.train()
         for step, (x, y) in enumerate(progress(stream, f"epoch {epoch + 1}", steps)):
             lr, eps = schedule(epoch + step / steps, args)

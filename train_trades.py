@@ -27,7 +27,7 @@ from utils import (OPTIMIZERS, SCHEDULES, Meter, Parser, attack_mode, average_gr
                    broadcast_statistics, check_processes, compile_model, ema_decay, evaluate, fraction,
                    linf_step, load_dataset, lock, make_optimizer, number, percent, perturb_weights, progress,
                    rank, resolve, restore_weights, resume, run_script, save, schedule, seeded, shard,
-                   show_epoch, start, sync_batch_norm, training_images, update_average)
+                   show_epoch, show_setting, start_device, sync_batch_norm, training_images, update_average)
 
 NORMALIZE = None  # TRADES takes images in [0, 1] as they are
 
@@ -87,7 +87,7 @@ def parse_args(argv=None):
                    help="epochs before that starts; its authors use 0 for PGD-AT and 10 for TRADES")
 
     g = p.add_argument_group("run")
-    g.add_argument("--seed", type=number(0, kind=int), default=0, help="seed of weights, batches, attacks")
+    g.add_argument("--seed", type=number(0, 2**63, int), default=0, help="seed of weights, batches, attacks")
     g.add_argument("--eval-every", type=number(1, kind=int), default=1, metavar="EPOCHS",
                    help="test after every so many epochs, and after the last")
     g.add_argument("--test-batch-size", type=number(1, kind=int), default=250, help="images a test batch")
@@ -161,11 +161,10 @@ def train_step(model, optimizer, x, y, eps, epoch, noise, args):
 
 def main():
     args = parse_args()
-    for key, value in vars(args).items():
-        print(f"  --{key.replace('_', '-'):17} {value}")
+    show_setting(args)
     if args.dry_run:
         return
-    device = start(args)
+    device = start_device(args)
     data = load_dataset(args.dataset, device, args.data_dir)
     (images, labels), val = training_images(data, args.n_train, args.val)
     check_processes(args, len(labels), device)
@@ -193,8 +192,8 @@ def main():
           f"{len(labels):,} images, {steps:,} steps each; {len(data.test_labels):,} test images")
 
     for epoch in range(len(log), args.epochs):
-        began, meter, order = time.time(), Meter(device), seeded(device, args.seed, "data", epoch)
-        stream = batches(images, labels, args.batch_size, order, padding="zero", shard=shard())
+        began, meter, data_rng = time.time(), Meter(device), seeded(device, args.seed, "data", epoch)
+        stream = batches(images, labels, args.batch_size, data_rng, padding="zero", shard=shard())
         model.train()
         for step, (x, y) in enumerate(progress(stream, f"epoch {epoch + 1}", steps)):
             lr, eps = schedule(epoch + step / steps, args)

@@ -205,9 +205,9 @@ def linf_step(x, x_adv, grad, eps, alpha):
 def pgd(model, x, y, start, eps, alpha, steps, tolerance=None):
     """L-inf PGD (Madry et al., 2018): x (B, 3, 32, 32) after `steps` steps from `start` up the cross-entropy.
 
-    Run it inside attack_mode. tolerance: None, or the number of times that an image may be found
-    misclassified before it is no longer moved (early-stopped PGD, Zhang et al., 2020); the attack ends when
-    all images have stopped.
+    Run it inside attack_mode. tolerance: None, or at which time that an image is found misclassified it is
+    no longer moved, 1 being the first (early-stopped PGD, Zhang et al., 2020); the attack ends when all
+    images have stopped.
     """
     x_adv = start
     for _ in range(steps):
@@ -512,7 +512,7 @@ def run_script(main):
     except (InputError, OSError) as e:
         status, line = 2, f"error: {e}".splitlines()[0]
     except FloatingPointError as e:
-        status, line = 1, f"stopped: {e}; what is saved is of the epoch before"
+        status, line = 1, f"stopped: {e}; last.pt, if there is one, is of the epoch before"
     except KeyboardInterrupt:
         status, line = 130, "interrupted: a run goes on with --resume, an evaluation with the same command"
     if line and rank() == 0:
@@ -525,7 +525,16 @@ def progress(iterable, name, total=None):
     return tqdm(iterable, desc=name, total=total, leave=False, disable=True if rank() else None)
 
 
-def start(args):
+def show_setting(args):
+    """Print every flag as it is resolved, and warn of decays of the learning rate that never come."""
+    for key, value in vars(args).items():
+        print(f"  --{key.replace('_', '-'):17} {value}")
+    late = [e for e in args.lr_decay_epochs if e >= args.epochs]
+    if args.lr_schedule == "piecewise" and late:
+        print(f"warning: the run ends, after {args.epochs} epochs, before the learning rate decays at {late}")
+
+
+def start_device(args):
     """The torch.device of --device, printed. Joins torchrun's processes; settles --precision in args."""
     device = pick_device(args.device)
     if world() > 1:
@@ -815,6 +824,8 @@ def resume(args, defaults, state, about):
             raise InputError(f"{out} already holds a run: --resume to go on, or choose another --out")
         before, mine = json.loads((out / "args.json").read_text()), json.loads(json.dumps(record))
         differ = differences(before["args"], mine["args"], vars(defaults))
+        if before["command"][0] != mine["command"][0]:
+            differ = [f"the script was {before['command'][0]}"]
         if before["data_sha256"] != mine["data_sha256"]:
             differ.append("it was with other data")
         if differ:

@@ -121,7 +121,8 @@ def test_an_interruption_at_any_moment_changes_no_flag(script, checkpoint, monke
     argv = [*TINY, "--eps", "1/255", "--attacks", "apgd-ce", "--n", 12, "--batch-size", 2]
     status, _, err = script(eval_aa, *argv)
     assert status == 0, err
-    whole, moments, write, interrupted = dict(np.load("tiny_result.npz")), random.Random(1), utils.write_whole, 0
+    whole, write = dict(np.load("tiny_result.npz")), utils.write_whole
+    moments, interrupted = random.Random(1), 0
 
     def dying(path, data):
         moment = moments.choice(("before", "after", "", ""))

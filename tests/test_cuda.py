@@ -34,7 +34,8 @@ def test_a_gpu_that_torch_does_not_see_is_warned_of(there, monkeypatch, capfd):
     exists = Path.exists
     monkeypatch.setattr(Path, "exists", lambda path: there if str(path) == "/dev/nvidia0" else exists(path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    device, (out, err) = utils.start(argparse.Namespace(device="auto", precision=None)), capfd.readouterr()
+    device = utils.start_device(argparse.Namespace(device="auto", precision=None))
+    out, err = capfd.readouterr()
     assert device == torch.device("cpu") and out.startswith("device cpu: ") and out.endswith(", fp32\n")
     assert err.startswith("warning: there is a GPU, but torch runs on the CPU") == there == bool(err)
 
@@ -95,11 +96,11 @@ def updates(n, device, precision, compiled=False, dtype=torch.float32):
     utils.set_precision(precision, torch.device(device))
     args, losses = train_pgdat.parse_args(["--bn-mode", "eval"]), []
     torch.manual_seed(0)
-    name = "tiny" if device == "cpu" else "preactresnet-18"
+    name, batch = ("tiny", 16) if device == "cpu" else ("preactresnet-18", 128)
     model = models.build(name, bf16=precision == "bf16").to(device, dtype)
     if compiled:
         utils.compile_model(model)
-    x, y = torch.rand(32, 3, 32, 32).to(device, dtype), torch.randint(10, (32,)).to(device)
+    x, y = torch.rand(batch, 3, 32, 32).to(device, dtype), torch.randint(10, (batch,)).to(device)
     optimizer = utils.make_optimizer(model, "sgd", 0.01, 5e-4)
     with mock.patch.object(train_pgdat, "random_start", lambda x, eps, noise: x):
         for _ in range(n):
