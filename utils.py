@@ -484,8 +484,9 @@ def resolve(parser, args, prefix):
         before = getattr(args, flag, None)
         if args.time_scale == 1 or before is None:
             continue
-        scaled = [int(v * args.time_scale + 0.5) for v in (before if isinstance(before, list) else [before])]
-        if before and 0 in scaled:
+        epochs = before if isinstance(before, list) else [before]
+        scaled = [int(v * args.time_scale + 0.5) for v in epochs]
+        if any(v and not w for v, w in zip(epochs, scaled)):
             parser.error(f"--time-scale {args.time_scale:g} leaves no epoch of --{flag.replace('_', '-')}")
         setattr(args, flag, scaled if isinstance(before, list) else scaled[0])
     args.out = f"runs/{run_name(prefix, args, parser)}" if args.out is None else args.out
@@ -515,7 +516,7 @@ def run_script(main):
         status, line = 1, f"stopped: {e}; last.pt, if there is one, is of the epoch before"
     except KeyboardInterrupt:
         status, line = 130, "interrupted: a run goes on with --resume, an evaluation with the same command"
-    if line and rank() == 0:
+    if line:  # of every process: another one's error may be its own
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(status)
 
@@ -558,7 +559,9 @@ def pick_device(name):
         return torch.device("cpu")
     if not re.fullmatch(r"cuda(:\d+)?", name):
         raise InputError(f"--device {name} is not auto, cpu, cuda or cuda:N")
-    if world() > 1 and name == "cuda":
+    if world() > 1 and name != "cuda":
+        raise InputError(f"--device {name}: under torchrun each process has a GPU of its own: --device cuda")
+    if world() > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         index = torch.cuda.current_device() if name == "cuda" else int(name[5:])

@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -154,6 +155,8 @@ def test_what_is_not_this_run_is_refused_and_nothing_touched(train, small_npz, t
             0.1)
     refused(train, run, "--n-train was None, is 90", "--resume", "--wd", "1e-4", "--n-train", 90)
     refused(train, run, "with other data", "--resume", "--wd", "1e-4", "--dataset", others)
+    with mock.patch.object(train_pgdat, "__file__", "train_mart.py"):  # somebody's copy
+        refused(train, run, "the script was train_pgdat.py", "--resume", "--wd", "1e-4")
     with utils.lock(run):
         refused(train, run, f"another process is working in {run}", "--resume", "--wd", "1e-4")
     status, out, err = train("--resume", "--wd", "1e-4", "--dataset", mine, "--test-batch-size", 7, epochs=1)
