@@ -62,7 +62,7 @@ def parse_args(argv=None):
     p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run's folder")
     p.add_argument("--out", type=Path, help="file of the result, beside which an .npz is written (default: "
                    "result.json in the run's folder, CHECKPOINT_result.json beside another checkpoint)")
-    p.add_argument("--overwrite", action="store_true", help="discard the result that is there")
+    p.add_argument("--overwrite", action="store_true", help="discard the result that is there, also an unfinished one")
 
     g = p.add_argument_group("a checkpoint from elsewhere, which does not say what it is")
     g.add_argument("--model", choices=models.MODELS, metavar="NAME", help=", ".join(models.MODELS))
@@ -193,7 +193,8 @@ def open_result(path, about, overwrite):
     npz, result, flags = path.with_suffix(".npz"), {}, {}
     try:
         if path.exists():
-            result = {k: json.loads(path.read_text())[k] for k in IDENTITY}
+            result = json.loads(path.read_text())
+            result["weights_sha256"]  # an older result of ours has it too, and may be overwritten
         if npz.exists():
             with np.load(npz, allow_pickle=False) as file:
                 flags = dict(file)
@@ -202,7 +203,7 @@ def open_result(path, about, overwrite):
         raise InputError(f"{path} or {npz} was not written by this script: choose another --out") from None
     if overwrite or not result:
         return {**about, "seconds": {"pgd10": 0, "autoattack": 0}}, {}
-    differ = [f"{k} was {result[k]}, is {about[k]}" for k in IDENTITY if result[k] != about[k]]
+    differ = [f"{k} was {result.get(k)}, is {about[k]}" for k in IDENTITY if result.get(k) != about[k]]
     if differ or not flags:
         why = "; ".join(differ) or f"{npz} is gone"
         raise InputError(f"{path} is of another evaluation ({why}): choose another --out, or --overwrite")

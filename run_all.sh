@@ -334,7 +334,7 @@ command_lines() {
 action=${1:-help} python=${PYTHON:-python} laptop="" flags="" runs=" " failed="" rows=()
 for word in "${@:2}"; do
     if [ "$word" = --laptop ]; then laptop=yes
-    elif [[ $word == --@(out|seed)* ]]; then die "$word: a row has a folder of its own, and ROW@S is the row with seed S"
+    elif [[ $word == --@(out|seed)?(=*) ]]; then die "$word: a row has a folder of its own, and ROW@S is the row with seed S"
     elif [[ $action == @(print|run) && (-n $flags || $word == --*) ]]; then printf -v flags "%s %q" "$flags" "$word"
     else rows+=("$word"); fi
 done

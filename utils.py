@@ -507,7 +507,7 @@ def run_script(main):
     status, line = 0, ""
     try:
         main()
-        if world() > 1:
+        if dist.is_initialized():
             barrier()  # no process leaves while another still needs it
             dist.destroy_process_group()
     except (InputError, OSError) as e:
@@ -833,7 +833,7 @@ def resume(args, defaults, state, about):
             differ.append("it was with other data")
         if differ:
             raise InputError(f"{out} was started with other arguments: {'; '.join(differ)}")
-        log = restore(out, state, about["measure"])
+        log = restore(out, state, about["measure"], args.epochs)
         record = {**before, "resumed": [*before["resumed"], {"epoch": len(log), **now}]}
     elif (out / "last.pt").exists() or (out / "best.pt").exists():
         raise InputError(f"{out} holds a checkpoint but no args.json: choose another --out")
@@ -846,12 +846,15 @@ def resume(args, defaults, state, about):
     return log
 
 
-def restore(out, state, measure):
+def restore(out, state, measure, epochs):
     """Put the state back and return the log. Whatever the moment a run was killed at, best.pt and log.jsonl
-    agree with last.pt afterwards. Raises InputError if there is a best.pt, but no last.pt any more."""
+    agree with last.pt afterwards. Raises InputError if there is more of a run, but no last.pt any more."""
     if not (out / "last.pt").exists():
-        if (out / "best.pt").exists():
-            raise InputError(f"{out} holds no last.pt any more and cannot go on; best.pt is what it has left")
+        lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+        if len(lines) == epochs:  # finished; its checkpoints were deleted to save disk
+            return [json.loads(line) for line in lines]
+        if lines or (out / "best.pt").exists():
+            raise InputError(f"{out} holds no last.pt any more and cannot go on: choose another --out")
         return []  # killed in its first epoch
     checkpoint = load_checkpoint(out / "last.pt")
     state.get("average", state["model"]).load_state_dict(checkpoint["state_dict"])

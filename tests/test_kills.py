@@ -163,7 +163,17 @@ def test_what_is_not_this_run_is_refused_and_nothing_touched(train, small_npz, t
     assert status == 0 and "has finished" in out, err  # no setting
 
     (run / "last.pt").rename(tmp_path / "last.pt")
-    refused(train, run, "no last.pt any more and cannot go on", "--resume", "--wd", "1e-4")
+    before = contents(run)
+    for gone in ("", "best.pt"):  # a finished run whose checkpoints were deleted, or one out of results/
+        if gone:
+            (run / gone).unlink()
+        status, out, err = train("--resume", "--wd", "1e-4", epochs=1)
+        assert status == 0 and "has finished" in out, err
+        assert contents(run) == {k: v for k, v in before.items() if k != gone}
+    (run / "best.pt").write_bytes(before["best.pt"])
+    for log in (b"", before["log.jsonl"] * 2):
+        (run / "log.jsonl").write_bytes(log)
+        refused(train, run, "no last.pt any more and cannot go on", "--resume", "--wd", "1e-4")
     (run / "args.json").unlink()
     for argv in ((), ("--resume",)):
         refused(train, run, "holds a checkpoint but no args.json", "--wd", "1e-4", *argv)
