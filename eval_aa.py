@@ -62,7 +62,8 @@ def parse_args(argv=None):
     p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run's folder")
     p.add_argument("--out", type=Path, help="file of the result, beside which an .npz is written (default: "
                    "result.json in the run's folder, CHECKPOINT_result.json beside another checkpoint)")
-    p.add_argument("--overwrite", action="store_true", help="discard the result that is there, also an unfinished one")
+    p.add_argument("--overwrite", action="store_true",
+                   help="discard the result that is there, finished or not")
 
     g = p.add_argument_group("a checkpoint from elsewhere, which does not say what it is")
     g.add_argument("--model", choices=models.MODELS, metavar="NAME", help=", ".join(models.MODELS))
@@ -87,7 +88,8 @@ def parse_args(argv=None):
     g = p.add_argument_group("run")
     g.add_argument("--dataset",
                    help="cifar10, cifar100 or the path of an .npz (default: the run's, or cifar10)")
-    g.add_argument("--data-dir", default="data", help="where cifar10.npz is, or is put on first use")
+    g.add_argument("--data-dir",
+                   help="where cifar10.npz is, or is put on first use (default: the run's, or data)")
     g.add_argument("--n", type=number(1, kind=int), help="evaluate the first N test images alone")
     g.add_argument("--seed", type=number(0, kind=int), default=0, help="seed of the attacks")
     g.add_argument("--batch-size", type=number(1, kind=int),
@@ -164,7 +166,8 @@ def load_subject(args, path, device):
     checkpoint = load_checkpoint(path)
     model, about = rebuild(args, path, checkpoint)
     trained = checkpoint["args"] if "normalize" in checkpoint else {"dataset": "cifar10", "eps": 8 / 255}
-    data = load_dataset(args.dataset or trained["dataset"], device, args.data_dir)
+    data_dir = args.data_dir or trained.get("data_dir", "data")
+    data = load_dataset(args.dataset or trained["dataset"], device, data_dir)
     n, classes = args.n or len(data.test_labels), about["num_classes"]
     if data.num_classes > classes:
         raise InputError(f"{path} knows {classes} classes, but the data set has {data.num_classes}")
@@ -240,7 +243,7 @@ def figure(result):
     """The last attack's figure in words: AA 48.71 +- 0.45 (2,000 of 10,000 images)."""
     value, error = result["left"][result["attacks"][-1]]
     name = "AA" if result["aa"] is not None else ",".join(result["attacks"]) + " (not AA)"
-    so_far = "" if result["complete"] else f" +- {error} ({result['n_done']:,} of {result['n']:,} images)"
+    so_far = "" if result["complete"] else f" +- {error:.2f} ({result['n_done']:,} of {result['n']:,} images)"
     return f"{name} {value:.2f}{so_far}"
 
 
@@ -334,7 +337,7 @@ def main():
     result, flags = open_result(out, about, args.overwrite)
     if not flags:
         began = time.time()
-        for steps in {10, args.pgd_steps}:
+        for steps in sorted({10, args.pgd_steps}):
             clean, robust = evaluate(model, images, labels, result["eps"], steps, seed=args.seed,
                                      batch_size=result["batch_size"]).cpu().numpy()
             flags |= {"clean": clean, f"pgd{steps}": robust}

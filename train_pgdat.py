@@ -201,7 +201,7 @@ def main():
             if args.ema:
                 update_average(tested, model, ema_decay(epoch * steps + step, args.ema))
 
-        loss, adv_acc, clean_acc = meter.read()
+        loss, adv_acc, clean_acc = meter.read(epoch + 1)
         if args.attack == "none":
             eps, adv_acc, clean_acc = None, None, adv_acc  # what was trained on was clean
         elif args.bn_clean_passes == 0:

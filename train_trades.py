@@ -206,7 +206,7 @@ def main():
             if args.ema:
                 update_average(tested, model, ema_decay(epoch * steps + step, args.ema))
 
-        loss, adv_acc, clean_acc = meter.read()
+        loss, adv_acc, clean_acc = meter.read(epoch + 1)
         entry = {"epoch": epoch + 1, "lr": lr, "eps": eps, "train_loss": loss, "train_adv_acc": adv_acc,
                  "train_clean_acc": clean_acc}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:

@@ -505,6 +505,7 @@ def run_name(prefix, args, parser):
 def run_script(main):
     """Run main(). What the user can mend becomes one line on stderr and exit status 2; Ctrl-C is 130."""
     status, line = 0, ""
+    sys.stdout = sys.stdout if rank() == 0 else open(os.devnull, "w")
     try:
         main()
         if dist.is_initialized():
@@ -541,7 +542,6 @@ def start_device(args):
     if world() > 1:
         patience = datetime.timedelta(days=7)  # with each other: a batch of AutoAttack can take an hour
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience)
-        sys.stdout = sys.stdout if rank() == 0 else open(os.devnull, "w")
     args.precision = set_precision(args.precision, device)
     print(f"device {device}: {device_name(device)}, torch {torch.__version__}, {args.precision}", flush=True)
     if device.type == "cpu" and Path("/dev/nvidia0").exists():
@@ -711,13 +711,14 @@ class Meter:
         self.bad_step = torch.where(loss.isfinite(), self.bad_step, self.bad_step.clamp(max=self.steps))
         self.steps += 1
 
-    def read(self):
+    def read(self, epoch):
         """Mean loss, adversarial and clean accuracy in per cent, over all processes. Waits for the device.
 
         Raises FloatingPointError, which names the first step (from 0) whose loss was not finite, if any.
         """
         if self.bad_step < torch.inf:
-            raise FloatingPointError(f"the loss is not finite at step {self.bad_step.item():g} of the epoch")
+            step = int(self.bad_step)
+            raise FloatingPointError(f"the loss is not finite at step {step} of epoch {epoch}")
         loss, adv, clean, images = sum_over_processes(self.sums).tolist()
         return round(loss / images, 5), round(100 * adv / images, 2), round(100 * clean / images, 2)
 
@@ -872,10 +873,12 @@ def save(out, state, log, about):
     "measure" is the key of log entries that chooses the best. Raises FloatingPointError if a weight is not
     finite.
     """
+    if rank() > 0:
+        return
     tested = state.get("average", state["model"])
     weights = {k: v.cpu() for k, v in tested.state_dict().items()}
     if not all(v.isfinite().all() for v in weights.values()):
-        raise FloatingPointError("a weight is not finite at the end of the epoch")
+        raise FloatingPointError(f"a weight is not finite at the end of epoch {len(log)}")
     checkpoint = {"state_dict": weights, "epoch": len(log), "log": log, **about}
     others = {k: v.state_dict() for k, v in state.items() if v is not tested}
     save_checkpoint(Path(out, "last.pt"), {**checkpoint, "others": others})

@@ -192,8 +192,8 @@ def test_a_setting_that_an_older_run_does_not_know_has_its_default(train, tmp_pa
     assert status == 0, err
 
 
-@pytest.mark.parametrize("batch, problem", [(48, "the loss is not finite at step 1 of the epoch"),
-                                            (96, "a weight is not finite at the end of the epoch")])
+@pytest.mark.parametrize("batch, problem", [(48, "the loss is not finite at step 1 of epoch 2"),
+                                            (96, "a weight is not finite at the end of epoch 2")])
 def test_a_run_that_diverges_ends_and_keeps_its_last_good_epoch(train, tmp_path, batch, problem):
     explodes = ("--batch-size", batch, "--lr-decay-epochs", 1, "--lr-decay-factor", 1e38, "--steps", 1)
     for argv in ((), ("--resume",)):

@@ -33,10 +33,10 @@ def test_the_logs_figures_are_means_over_images_not_over_batches():
     meter, right, wrong = utils.Meter("cpu"), torch.eye(4), torch.eye(4).flip(1)
     meter.add(torch.tensor(2.0), torch.arange(3), right[:3], wrong[:3])
     meter.add(torch.tensor(6.0), torch.arange(1), wrong[:1], right[:1])
-    assert meter.read() == (3.0, 75.0, 25.0)
+    assert meter.read(2) == (3.0, 75.0, 25.0)
     meter.add(torch.tensor(1.0), torch.arange(2), right[:2])  # no clean logits
-    assert meter.read() == (2.33333, 83.33, 16.67)
+    assert meter.read(2) == (2.33333, 83.33, 16.67)
     for loss in (math.nan, math.inf):
         meter.add(torch.tensor(loss), torch.arange(1), right[:1])
-    with pytest.raises(FloatingPointError, match="not finite at step 3 of the epoch"):
-        meter.read()
+    with pytest.raises(FloatingPointError, match="not finite at step 3 of epoch 2"):
+        meter.read(2)

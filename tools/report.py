@@ -204,7 +204,7 @@ def pooled_variance(groups):
 
 def limits(rows):
     """limit(metric, n): beyond which the difference of n seeds' mean from the paper is more than noise."""
-    runs = [row for row in rows.values() if row.id == row.run]
+    runs = [row for row in rows.values() if row.id == row.run and any(row.paper.values())]
     variance = {m: pooled_variance([row.values(m).values() for row in runs]) for m in METRICS}
     return lambda metric, n: 2 * math.sqrt(variance[metric] / n) if n > 1 else LIMITS[metric]
 
