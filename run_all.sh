@@ -10,9 +10,10 @@
 # rows need; or `all`: those of all rows but the quickstarts, x-laptop-... and the released checkpoints. A row `= other` is
 # the same run as the other. A row that fails is named at the end; the others are run all the same.
 #
-# Flags behind the rows go to the training script: run t2-base --precision bf16 --compile. With --dry-run it prints its
-# setting, and nothing is trained or evaluated. --laptop, with any action and anywhere, is the rows at laptop scale (a tiny
-# network, 2,500 images, 44 epochs), in runs/laptop/ROW. Those that differ in their network alone are one run there.
+# Flags behind the rows go to the training script, --device to the evaluation too: run t2-base --precision bf16 --compile.
+# With --dry-run it prints its setting, and nothing is trained or evaluated. --laptop, with any action and anywhere, is the
+# rows at laptop scale (a tiny network, 2,500 images, 44 epochs), in runs/laptop/ROW. Those that differ in their network
+# alone are one run there.
 #
 # PYTHON is what runs the scripts: an interpreter, or PYTHON="torchrun --nproc_per_node=8 --" for all of a machine's GPUs
 # on one row; every batch has to split evenly then, an epoch's last one too, and --early-stop-pgd takes one process.
@@ -248,7 +249,7 @@ row x-r18-ema -/-/- train_pgdat.py --ema 0.9995
 row x-r18-awp        -/-/- train_pgdat.py --awp 0.01
 row x-r18-ema-awp    -/-/- train_pgdat.py --ema 0.9995 --awp 0.01
 row x-trades-r18-awp -/-/- train_trades.py --awp 0.005 --awp-warmup 10
-# Ours: robust overfitting in eight minutes on a laptop: the paper's 110 epochs on the first 1,000 training images.
+# Ours: robust overfitting in ten minutes on a laptop: the paper's 110 epochs on the first 1,000 training images.
 evaluate="--attacks none" row x-laptop-overfitting     -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5
 evaluate="--attacks none" row x-laptop-overfitting-ema -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --ema 0.99
 evaluate="--attacks none" row x-laptop-overfitting-awp -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --awp 0.01
@@ -320,14 +321,15 @@ expand() {
 
 # command_lines RUN: what `print` prints and `run` executes for ID or ID@SEED.
 command_lines() {
-    local i seed=${1#"${1%@*}"} out=runs/${laptop:+laptop/}$1
+    local i seed=${1#"${1%@*}"} out=runs/${laptop:+laptop/}$1 device=""
     match "${1%@*}"
     i=${found[*]} seed=${seed/@/ --seed }
     if [[ ${commands[i]} == eval_aa.py* ]]; then
         echo "$python ${commands[i]}$seed --out $out/result.json"
     else
         echo "$python ${commands[i]}$flags$seed --out $out --resume"
-        [[ "$flags " == *" --dry-run "* ]] || echo "$python eval_aa.py $out${evaluations[i]}"
+        [[ ! $flags =~ \ --device[\ =][^\ ]+ ]] || device=${BASH_REMATCH[0]}
+        [[ "$flags " == *" --dry-run "* ]] || echo "$python eval_aa.py $out${evaluations[i]}$device"
     fi
 }
 

@@ -207,6 +207,10 @@ def test_laptop_and_flags_of_the_training_script():
         lines = run_all("print", "t2-base", "--compile", flag)[1].splitlines()
         assert lines[0] == f"python train_pgdat.py --compile {text} --out runs/t2-base --resume"
         assert lines[1:] == ([] if flag == "--dry-run" else ["python eval_aa.py runs/t2-base"])
+    for device in ("--device cuda:1", "--device=cuda:1"):
+        assert run_all("print", "t2-base", *device.split(), "--compile")[1].splitlines() == [
+            f"python train_pgdat.py {device} --compile --out runs/t2-base --resume",
+            f"python eval_aa.py runs/t2-base {device}"]
 
 
 @pytest.mark.parametrize("argv, message", [
