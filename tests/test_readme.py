@@ -10,6 +10,7 @@ from conftest import ROOT, spawn
 import eval_aa
 import train_pgdat
 import train_trades
+from tools import report
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line[4:].partition("  #")[0].strip() for line in README.splitlines() if line.startswith("    ")]
@@ -53,3 +54,12 @@ def test_the_table_of_what_was_measured_is_what_report_prints():
     shown = README.partition("<!-- measured -->\n")[2].partition("<!-- end of measured -->")[0]
     done = spawn(sys.executable, "-m", "tools.report", "measured")
     assert done.returncode == 0 and done.stdout == shown, done.stderr + done.stdout
+
+
+def test_the_effects_in_the_table_of_tricks_are_those_that_report_prints():
+    rows, laptop = (report.read_rows(small, roots=["results"]) for small in (False, True))
+    printed = report.show_effects(rows, laptop)[1].replace("*", "")
+    named = re.findall(r"\| (\S+ ± \S+) / (\S+ ± \S+) \((\d) seeds?\) \|", README)
+    assert named
+    for clean, pgd10, seeds in named:
+        assert f"| {seeds} | {clean} | {pgd10} |" in printed
