@@ -249,7 +249,7 @@ row x-r18-ema -/-/- train_pgdat.py --ema 0.9995
 row x-r18-awp        -/-/- train_pgdat.py --awp 0.01
 row x-r18-ema-awp    -/-/- train_pgdat.py --ema 0.9995 --awp 0.01
 row x-trades-r18-awp -/-/- train_trades.py --awp 0.005 --awp-warmup 10
-# Ours: robust overfitting in ten minutes on a laptop: the paper's 110 epochs on the first 1,000 training images.
+# Ours: robust overfitting in twelve minutes on a laptop: the paper's 110 epochs on the first 1,000 training images.
 evaluate="--attacks none" row x-laptop-overfitting     -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5
 evaluate="--attacks none" row x-laptop-overfitting-ema -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --ema 0.99
 evaluate="--attacks none" row x-laptop-overfitting-awp -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --awp 0.01
