@@ -1,5 +1,6 @@
-"""README: its commands parse, its flags and files exist, its table is what the tools print."""
+"""README: its commands parse, its flags and files exist, its figures are those of results/."""
 
+import json
 import re
 import shlex
 import sys
@@ -12,7 +13,7 @@ import train_pgdat
 import train_trades
 from tools import report
 
-README = (ROOT / "README.md").read_text()
+README, RESULTS = ((ROOT / folder / "README.md").read_text() for folder in (".", "results"))
 COMMANDS = [line[4:].partition("  #")[0].strip() for line in README.splitlines() if line.startswith("    ")]
 PARSERS = {"train_pgdat.py": train_pgdat, "train_trades.py": train_trades, "eval_aa.py": eval_aa}
 
@@ -46,12 +47,12 @@ def test_flags_and_links_exist(capfd):
         known |= set(re.findall(r"--[a-z][\w-]*", capfd.readouterr().out))
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
     assert named <= known, named - known
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
+    for link in re.findall(r"\]\(([^)#]+)", README):
         assert link.startswith("https://") or (ROOT / link).exists(), link
 
 
 def test_the_table_of_what_was_measured_is_what_report_prints():
-    shown = README.partition("<!-- measured -->\n")[2].partition("<!-- end of measured -->")[0]
+    shown = RESULTS.partition("<!-- measured -->\n")[2].partition("<!-- end of measured -->")[0]
     done = spawn(sys.executable, "-m", "tools.report", "measured")
     assert done.returncode == 0 and done.stdout == shown, done.stderr + done.stdout
 
@@ -63,3 +64,20 @@ def test_the_effects_in_the_table_of_tricks_are_those_that_report_prints():
     assert named
     for clean, pgd10, seeds in named:
         assert f"| {seeds} | {clean} | {pgd10} |" in printed
+
+
+def test_the_differences_from_the_authors_code_are_those_of_the_comparison():
+    done = json.loads((ROOT / "results" / "authors.json").read_text())
+    equal = [s for s in done["settings"] if s["verdict"] == "equal"]
+    trades = [s for s in equal if s["setting"].startswith("TRADES")]
+    pgdat = [s for s in equal if s not in trades]
+    relu = [n for n in done["networks"] if n["setting"] == "ReLU"]
+
+    def worst(entries, *keys):
+        return f"{max(entry[key] or 0 for entry in entries for key in keys):.0e}".replace("e-0", "e-")
+
+    steps, nets = ("images", "weights", "statistics"), ("train", "eval", "statistics")
+    assert f"difference is {worst(pgdat, *steps)} over {len(pgdat)} PGD-AT settings" in README
+    assert f"{worst(trades, *steps)} for TRADES" in README
+    assert f"{worst(done['networks'], *nets)} for the logits" in README
+    assert f"of {len(relu)} architectures and {len(done['networks']) - len(relu)} activations" in README

@@ -6,7 +6,7 @@
     python -m tools.report f1               a figure (f1 ... f4): figures/f1.png and .pdf
     python -m tools.report curves RUN...    learning curves of runs' folders: figures/curves.png
     python -m tools.report effects          the paper's effects against ours: results/effects.png and a table
-    python -m tools.report measured         the README's table of what is in results/
+    python -m tools.report measured         the table in results/README.md of what is in there
 
 A run counts only if its setting is that of the row that its folder, ROW or ROW@SEED, is named after.
 """
@@ -434,7 +434,7 @@ def show_status(rows):
 
 
 def show_measured(rows):
-    """The README's table: a line for each row that has results."""
+    """The table in results/README.md: a line for each row that has results."""
     lines, limit = [], limits(rows)
     for row in (row for row in rows.values() if row.run == row.id and row.judged()):
         results, runs = list(row.judged().values()), [row.runs[seed] for seed in row.judged()]
