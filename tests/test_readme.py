@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import sys
 
 import pytest
 from conftest import ROOT, spawn
@@ -51,10 +50,12 @@ def test_flags_and_links_exist(capfd):
         assert link.startswith("https://") or (ROOT / link).exists(), link
 
 
-def test_the_table_of_what_was_measured_is_what_report_prints():
-    shown = RESULTS.partition("<!-- measured -->\n")[2].partition("<!-- end of measured -->")[0]
-    done = spawn(sys.executable, "-m", "tools.report", "measured")
-    assert done.returncode == 0 and done.stdout == shown, done.stderr + done.stdout
+@pytest.mark.parametrize("what", ["measured", "effects"])
+def test_the_tables_in_results_are_what_report_prints(what):
+    shown = RESULTS.partition(f"<!-- {what} -->\n")[2].partition(f"<!-- end of {what} -->")[0]
+    rows, laptop = (report.read_rows(small, roots=["results"]) for small in (False, True))
+    text = report.show_measured(rows) if what == "measured" else report.show_effects(rows, laptop)[1]
+    assert shown.strip() == text.partition("\n\n")[0]
 
 
 def test_the_effects_in_the_table_of_tricks_are_those_of_their_flags():
