@@ -61,7 +61,7 @@ def test_a_run_and_its_evaluation(train, script, tmp_path):
     (train_pgdat, ("--early-stop-pgd", 0.5, 1, "--lr-schedule", "cosine", "--n-train", 48)),
     (train_pgdat, ("--val", 16, "--lr-schedule", "onecycle", "--optimizer", "nesterov")),
     (train_pgdat, ("--attack", "none", "--lr-schedule", "linear", "--optimizer", "sgd-gc")),
-    (train_pgdat, ("--optimizer", "adamw", "--activation", "softplus", "--eval-every", 2)),
+    (train_pgdat, ("--optimizer", "adamw", "--activation", "softplus")),
     pytest.param(train_pgdat, ("--precision", "bf16", "--optimizer", "sgd-gcc"), marks=needs_bf16),
     (train_trades, ("--bn-mode", "train", "--eps", "0.031", "--alpha", "0.007", "--ema", 0.9)),
     (train_trades, ("--bn-mode", "eval", "--awp", 0.005, "--awp-warmup", 1)),
@@ -78,10 +78,19 @@ def test_every_trick_trains(script, small_npz, tmp_path, module, flags):
     if "none" in flags:
         assert entries[1]["test_pgd10"] is entries[1]["train_adv_acc"] is None
         assert entries[1]["train_clean_acc"] > 0
-    if "--eval-every" in flags:
-        assert "test_clean" not in entries[0] and "test_clean" in entries[1]
     if "--warmup-lr" in flags:
         assert entries[0]["lr"] == pytest.approx(0.05 / 2) and entries[1]["eps"] == pytest.approx(8 / 255)
+
+
+@pytest.mark.parametrize("module", [train_pgdat, train_trades], ids=lambda module: module.__name__)
+def test_eval_from_and_eval_every_choose_the_epochs_that_are_tested(script, small_npz, tmp_path, module):
+    argv = (*TINY, "--dataset", small_npz, "--n-train", 48, "--steps", 1, "--epochs", 7)
+    status, _, err = script(module, *argv, "--eval-from", 3, "--eval-every", 2, "--out", tmp_path / "run")
+    assert status == 0, err
+    entries = log(tmp_path / "run")
+    assert [e["epoch"] for e in entries if "test_pgd10" in e] == [4, 6, 7]
+    best = utils.load_checkpoint(tmp_path / "run" / "best.pt")["log"][-1]
+    assert best["test_pgd10"] == max(e.get("test_pgd10", 0) for e in entries)
 
 
 def test_the_training_set_is_learnt(train, tmp_path):

@@ -17,16 +17,17 @@ the attack, 3 of the update, 2 clean passes; one less with --bn-mode eval; 110 e
 import copy
 import math
 import time
+from functools import partial
 
 import torch
 
 import models
 from utils import (OPTIMIZERS, SCHEDULES, Meter, Parser, attack_mode, average_gradients, batches, best,
-                   broadcast_statistics, check_processes, compile_model, ema_decay, evaluate, fraction,
+                   broadcast_statistics, check_processes, compile_training, ema_decay, evaluate, fraction,
                    load_dataset, lock, make_optimizer, number, percent, perturb_weights, pgd, progress,
                    random_start, rank, resolve, restore_weights, resume, run_script, save, schedule, seeded,
                    shard, show_epoch, show_setting, smoothed_cross_entropy, start_device, sync_batch_norm,
-                   training_images, update_average)
+                   training_images, uncompiled, update_average)
 
 NORMALIZE = models.CIFAR_NORMALIZE  # inside the model, so that the attack lives in [0, 1]
 
@@ -62,7 +63,7 @@ def parse_args(argv=None):
     g.add_argument("--ls", type=number(0, 1), default=0,
                    help="label smoothing: the mass in [0, 1) that is spread over the other classes")
     g.add_argument("--time-scale", type=number(0), default=1, metavar="F",
-                   help="multiply every number of epochs of the recipe by F (not --eval-every) and round it")
+                   help="multiply every number of epochs of the recipe by F (not --eval-...) and round it")
 
     g = p.add_argument_group("training attack")
     g.add_argument("--attack", choices=("pgd", "none"), default="pgd", help="none: standard training")
@@ -97,7 +98,11 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=number(0, 2**63, int), default=0, help="seed of weights, batches, attacks")
     g.add_argument("--eval-every", type=number(1, kind=int), default=1, metavar="EPOCHS",
                    help="test after every so many epochs, and after the last")
-    g.add_argument("--test-batch-size", type=number(1, kind=int), default=250, help="images a test batch")
+    g.add_argument("--eval-from", type=number(1, kind=int), default=1, metavar="EPOCH",
+                   help="do not test before this epoch (on a GPU a test costs a quarter of a fast epoch, and "
+                        "the best epoch of the paper's schedule comes after the first decay)")
+    g.add_argument("--test-batch-size", type=number(1, kind=int),
+                   help="images a test batch (default: 1000 on CUDA, 250 elsewhere)")
     g.add_argument("--out", help="the run's folder (default: runs/ and what differs from the defaults)")
     g.add_argument("--resume", action="store_true",
                    help="go on with the run in that folder, if there is one: its command, with this flag")
@@ -105,7 +110,9 @@ def parse_args(argv=None):
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     g.add_argument("--precision", choices=("fp32", "tf32", "bf16"),
                    help="arithmetic of the model (default: tf32 on CUDA, fp32 elsewhere)")
-    g.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    g.add_argument("--compile", action="store_true",
+                   help="compile the model with torch.compile; on CUDA also capture the training attack in a "
+                        "CUDA graph, one launch in place of thousands")
     g.add_argument("--dry-run", action="store_true", help="print the resolved setting and exit")
 
     args = p.parse_args(argv)
@@ -116,23 +123,32 @@ def parse_args(argv=None):
     return resolve(p, args, "pgdat")
 
 
-def train_step(model, optimizer, x, y, eps, epoch, noise, args):
-    """One step of PGD-AT: the attack, up the cross-entropy without smoothing; then an update on its images.
+def training_attack(model, args, x, y, x_start, eps, tolerance=None):
+    """x' (B, 3, 32, 32): PGD from x_start up the cross-entropy, without smoothing; with --bn-mode train also
+    the forward in which the authors' attack computes its final loss, since it moves the statistics."""
+    with attack_mode(model, args.bn_mode):
+        x_adv = pgd(model, x, y, x_start, eps, args.alpha, args.steps, tolerance)
+        if args.bn_mode == "train":
+            with torch.no_grad():
+                model(x_adv)
+    return x_adv
 
-    x (B, 3, 32, 32) in [0, 1], y (B,); noise: the generator of the random start. Returns the loss (), the
-    logits (B, K) of the adversarial images, and those of x from the pass after the update, None without one.
+
+def train_step(model, optimizer, attack, x, y, eps, epoch, rng, args):
+    """One step of PGD-AT: the attack, then an update on its images.
+
+    attack(x, y, x_start, eps): training_attack with this model; x (B, 3, 32, 32) in [0, 1], y (B,); rng: the
+    generator of the random start. Returns the loss (), the logits (B, K) of the adversarial images, and those
+    of x from the pass after the update, None without one.
     """
     def loss_of(logits):
         return smoothed_cross_entropy(logits, y, args.ls)
 
     x_adv, clean_logits = x, None
     if args.attack == "pgd":
-        tolerance = 1 + sum(epoch >= e for e in args.early_stop_pgd) if args.early_stop_pgd else None
-        with attack_mode(model, args.bn_mode):
-            x_adv = pgd(model, x, y, random_start(x, eps, noise), eps, args.alpha, args.steps, tolerance)
-            if args.bn_mode == "train":
-                with torch.no_grad():
-                    model(x_adv)  # the authors' attack computes its final loss: the statistics move
+        if args.early_stop_pgd:
+            attack = partial(attack, tolerance=1 + sum(epoch >= e for e in args.early_stop_pgd))
+        x_adv = attack(x, y, random_start(x, eps, rng), eps)
 
     gamma = args.awp if epoch >= args.awp_warmup else 0
     moved = perturb_weights(model, lambda: loss_of(model(x_adv)), gamma)
@@ -172,17 +188,16 @@ def main():
     state = {"model": model, "optimizer": optimizer}  # what is saved, and restored by --resume
     if args.ema:
         state["average"] = copy.deepcopy(model)
-    tested = state.get("average", model)
+    tested, attack = state.get("average", model), partial(training_attack, model, args)
     if args.compile:
-        compile_model(model)
-        compile_model(tested)
+        attack = compile_training(model, attack, args, device)
     tests = {"test": (data.test_images, data.test_labels)} | ({"val": val} if val else {})
     measure = f"{'val' if val else 'test'}_{'pgd10' if args.attack == 'pgd' else 'clean'}"  # chooses the best
     about = {"args": vars(args), "num_classes": data.num_classes, "normalize": NORMALIZE, "measure": measure,
              "data_sha256": data.sha256}
     folder_lock = lock(args.out)  # until this process ends
     log = resume(args, parse_args([]), state, about)
-    steps = math.ceil(len(labels) / args.batch_size)
+    steps, whole_batches = math.ceil(len(labels) / args.batch_size), len(labels) // args.batch_size
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {args.epochs} epochs of "
           f"{len(labels):,} images, {steps:,} steps each; {len(data.test_labels):,} test images")
 
@@ -194,8 +209,9 @@ def main():
             lr, eps = schedule(epoch + step / steps, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            noise = seeded(device, args.seed, "attack", epoch, step, rank())
-            loss, logits, clean_logits = train_step(model, optimizer, x, y, eps, epoch, noise, args)
+            rng = seeded(device, args.seed, "attack", epoch, step, rank())
+            with uncompiled(args.compile and step == whole_batches):
+                loss, logits, clean_logits = train_step(model, optimizer, attack, x, y, eps, epoch, rng, args)
             meter.add(loss, y, logits, clean_logits)
             broadcast_statistics(model)
             if args.ema:
@@ -208,10 +224,12 @@ def main():
             clean_acc = None
         entry = {"epoch": epoch + 1, "lr": lr, "eps": eps, "train_loss": loss, "train_adv_acc": adv_acc,
                  "train_clean_acc": clean_acc}
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+        due = epoch + 1 >= args.eval_from and (epoch + 1) % args.eval_every == 0
+        if due or epoch + 1 == args.epochs:
             for split, subset in tests.items():
-                clean, robust = evaluate(tested, *subset, args.eps, 10 if args.attack == "pgd" else 0,
-                                         seed=(args.seed, epoch), batch_size=args.test_batch_size)
+                with uncompiled(args.compile):
+                    clean, robust = evaluate(tested, *subset, args.eps, 10 if args.attack == "pgd" else 0,
+                                             seed=(args.seed, epoch), batch_size=args.test_batch_size)
                 entry[f"{split}_clean"] = percent(clean)
                 entry[f"{split}_pgd10"] = percent(robust) if args.attack == "pgd" else None
         log.append(entry | {"seconds": round(time.time() - began, 2)})

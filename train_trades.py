@@ -18,16 +18,18 @@ of which the attack takes 21; 110 epochs.
 import copy
 import math
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 import models
 from utils import (OPTIMIZERS, SCHEDULES, Meter, Parser, attack_mode, average_gradients, batches, best,
-                   broadcast_statistics, check_processes, compile_model, ema_decay, evaluate, fraction,
+                   broadcast_statistics, check_processes, compile_training, ema_decay, evaluate, fraction,
                    linf_step, load_dataset, lock, make_optimizer, number, percent, perturb_weights, progress,
                    rank, resolve, restore_weights, resume, run_script, save, schedule, seeded, shard,
-                   show_epoch, show_setting, start_device, sync_batch_norm, training_images, update_average)
+                   show_epoch, show_setting, start_device, sync_batch_norm, training_images, uncompiled,
+                   update_average)
 
 NORMALIZE = None  # TRADES takes images in [0, 1] as they are
 
@@ -61,7 +63,7 @@ def parse_args(argv=None):
     g.add_argument("--warmup-lr", type=number(0), default=0, metavar="EPOCHS",
                    help="epochs over which the learning rate first rises linearly from 0")
     g.add_argument("--time-scale", type=number(0), default=1, metavar="F",
-                   help="multiply every number of epochs of the recipe by F (not --eval-every) and round it")
+                   help="multiply every number of epochs of the recipe by F (not --eval-...) and round it")
 
     g = p.add_argument_group("TRADES")
     g.add_argument("--beta", type=number(0), default=6.0, help="weight of the robust term of the loss")
@@ -90,7 +92,11 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=number(0, 2**63, int), default=0, help="seed of weights, batches, attacks")
     g.add_argument("--eval-every", type=number(1, kind=int), default=1, metavar="EPOCHS",
                    help="test after every so many epochs, and after the last")
-    g.add_argument("--test-batch-size", type=number(1, kind=int), default=250, help="images a test batch")
+    g.add_argument("--eval-from", type=number(1, kind=int), default=1, metavar="EPOCH",
+                   help="do not test before this epoch (on a GPU a test costs a quarter of a fast epoch, and "
+                        "the best epoch of the paper's schedule comes after the first decay)")
+    g.add_argument("--test-batch-size", type=number(1, kind=int),
+                   help="images a test batch (default: 1000 on CUDA, 250 elsewhere)")
     g.add_argument("--out", help="the run's folder (default: runs/ and what differs from the defaults)")
     g.add_argument("--resume", action="store_true",
                    help="go on with the run in that folder, if there is one: its command, with this flag")
@@ -98,7 +104,9 @@ def parse_args(argv=None):
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     g.add_argument("--precision", choices=("fp32", "tf32", "bf16"),
                    help="arithmetic of the model (default: tf32 on CUDA, fp32 elsewhere)")
-    g.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    g.add_argument("--compile", action="store_true",
+                   help="compile the model with torch.compile; on CUDA also capture the training attack in a "
+                        "CUDA graph, one launch in place of thousands")
     g.add_argument("--dry-run", action="store_true", help="print the resolved setting and exit")
 
     return resolve(p, p.parse_args(argv), "trades")
@@ -110,14 +118,14 @@ def divergence(log_p, log_q):
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
-def trades_attack(model, x, start, eps, args):
-    """x' (B, 3, 32, 32): steps of alpha from `start` up the gradient of KL(f(x) || f(x')).
+def training_attack(model, args, x, x_start, eps):
+    """x' (B, 3, 32, 32): steps of alpha from x_start up the gradient of KL(f(x) || f(x')).
 
     f(x) does not change meanwhile, so with --bn-mode eval it is computed once. The reference makes a natural
     forward at every step, after the adversarial one; with --bn-mode train these move the running statistics,
     and are kept for that.
     """
-    x_adv = start
+    x_adv = x_start
     with attack_mode(model, args.bn_mode):
         with torch.no_grad():
             log_p = F.log_softmax(model(x), dim=1) if args.bn_mode == "eval" else None
@@ -139,14 +147,14 @@ def trades_loss(natural, adversarial, y, beta):
     return F.cross_entropy(natural, y) + beta * robust
 
 
-def train_step(model, optimizer, x, y, eps, epoch, noise, args):
+def train_step(model, optimizer, attack, x, y, eps, epoch, rng, args):
     """One step of TRADES: the attack, then an update on the images and its own.
 
-    x (B, 3, 32, 32) in [0, 1], y (B,); noise: the generator of the attack's start. Returns the loss () and
-    the logits (B, K) of the adversarial and of the natural images.
+    attack(x, x_start, eps): training_attack with this model; x (B, 3, 32, 32) in [0, 1], y (B,); rng: the
+    generator of the attack's start. Returns the loss () and the logits (B, K) of the adversarial and of the
+    natural images.
     """
-    start = x + 0.001 * torch.empty_like(x).normal_(generator=noise)
-    x_adv = trades_attack(model, x, start, eps, args)
+    x_adv = attack(x, x + 0.001 * torch.empty_like(x).normal_(generator=rng), eps)
 
     gamma = args.awp if epoch >= args.awp_warmup else 0
     moved = perturb_weights(model, lambda: trades_loss(model(x), model(x_adv), y, args.beta), gamma)
@@ -177,17 +185,16 @@ def main():
     state = {"model": model, "optimizer": optimizer}  # what is saved, and restored by --resume
     if args.ema:
         state["average"] = copy.deepcopy(model)
-    tested = state.get("average", model)
+    tested, attack = state.get("average", model), partial(training_attack, model, args)
     if args.compile:
-        compile_model(model)
-        compile_model(tested)
+        attack = compile_training(model, attack, args, device)
     tests = {"test": (data.test_images, data.test_labels)} | ({"val": val} if val else {})
     measure = "val_pgd10" if val else "test_pgd10"  # chooses the best epoch
     about = {"args": vars(args), "num_classes": data.num_classes, "normalize": NORMALIZE, "measure": measure,
              "data_sha256": data.sha256}
     folder_lock = lock(args.out)  # until this process ends
     log = resume(args, parse_args([]), state, about)
-    steps = math.ceil(len(labels) / args.batch_size)
+    steps, whole_batches = math.ceil(len(labels) / args.batch_size), len(labels) // args.batch_size
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {args.epochs} epochs of "
           f"{len(labels):,} images, {steps:,} steps each; {len(data.test_labels):,} test images")
 
@@ -199,8 +206,9 @@ def main():
             lr, eps = schedule(epoch + step / steps, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            noise = seeded(device, args.seed, "attack", epoch, step, rank())
-            loss, logits, clean_logits = train_step(model, optimizer, x, y, eps, epoch, noise, args)
+            rng = seeded(device, args.seed, "attack", epoch, step, rank())
+            with uncompiled(args.compile and step == whole_batches):
+                loss, logits, clean_logits = train_step(model, optimizer, attack, x, y, eps, epoch, rng, args)
             meter.add(loss, y, logits, clean_logits)
             broadcast_statistics(model)
             if args.ema:
@@ -209,10 +217,12 @@ def main():
         loss, adv_acc, clean_acc = meter.read(epoch + 1)
         entry = {"epoch": epoch + 1, "lr": lr, "eps": eps, "train_loss": loss, "train_adv_acc": adv_acc,
                  "train_clean_acc": clean_acc}
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+        due = epoch + 1 >= args.eval_from and (epoch + 1) % args.eval_every == 0
+        if due or epoch + 1 == args.epochs:
             for split, subset in tests.items():
-                clean, robust = evaluate(tested, *subset, args.eps, seed=(args.seed, epoch),
-                                         batch_size=args.test_batch_size)
+                with uncompiled(args.compile):
+                    clean, robust = evaluate(tested, *subset, args.eps, seed=(args.seed, epoch),
+                                             batch_size=args.test_batch_size)
                 entry |= {f"{split}_clean": percent(clean), f"{split}_pgd10": percent(robust)}
         log.append(entry | {"seconds": round(time.time() - began, 2)})
         save(args.out, state, log, about)

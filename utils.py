@@ -24,6 +24,7 @@ import platform
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -543,6 +544,8 @@ def start_device(args):
         patience = datetime.timedelta(days=7)  # with each other: a batch of AutoAttack can take an hour
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience)
     args.precision = set_precision(args.precision, device)
+    if "test_batch_size" in args and args.test_batch_size is None:
+        args.test_batch_size = 1000 if device.type == "cuda" else 250
     print(f"device {device}: {device_name(device)}, torch {torch.__version__}, {args.precision}", flush=True)
     if device.type == "cpu" and Path("/dev/nvidia0").exists():
         print("warning: there is a GPU, but torch runs on the CPU: because of --device, or of a driver that "
@@ -608,11 +611,74 @@ def set_precision(precision, device):
     return precision
 
 
-def compile_model(model):
-    """Compile the model in place. (A deep copy of it is not compiled.)"""
-    # A graph each for attack (frozen, train or eval), update, clean pass, test; times the batch sizes.
-    torch._dynamo.config.recompile_limit = 64
+def compile_training(model, attack, args, device):
+    """Compile the model in place. Returns the attack to train with: on CUDA, captured in a CUDA graph."""
     model.compile(dynamic=False)
+    if device.type != "cuda":
+        return attack
+    if getattr(args, "attack", "pgd") == "none" or getattr(args, "early_stop_pgd", None):
+        print("note: there is no CUDA graph: with --attack none there is nothing to capture, and with "
+              "--early-stop-pgd the host decides at every step whether to go on")
+        return attack
+    return Replayed(attack, model)
+
+
+def uncompiled(condition=True):
+    """A context in which compiled models run uncompiled, if the condition holds: to compile for the last,
+    smaller batch of an epoch, or for the tests, takes longer than it saves."""
+    return torch.compiler.set_stance("force_eager") if condition else contextlib.nullcontext()
+
+
+class Replayed:
+    """attack(*tensors, eps) -> x' as one launch: captured in a CUDA graph at the first call with tensors of
+    these shapes, and replayed from then on.
+
+    The host takes longer to launch an attack's thousands of kernels than a GPU takes to run them. The graph
+    reads weights and running statistics where they lie, and moves the latter; a capture leaves these as they
+    were. x' is overwritten by the next replay. attack: a function of tensors alone. Raises InputError if the
+    graph, which has memory of its own, does not fit.
+    """
+
+    def __init__(self, attack, model):
+        self.attack, self.model, self.graphs, self.replays = attack, model, {}, 0
+
+    def __call__(self, *arguments):
+        x, eps = arguments[0], arguments[-1]
+        tensors = *arguments[:-1], torch.full((), eps, dtype=x.dtype, device=x.device)
+        shapes = tuple(t.shape for t in tensors)
+        if shapes not in self.graphs:
+            self.graphs[shapes] = self.capture([t.clone() for t in tensors])
+        graph, inputs, x_adv = self.graphs[shapes]
+        for captured, given in zip(inputs, tensors):
+            captured.copy_(given)
+        graph.replay()
+        self.replays += 1
+        return x_adv
+
+    def capture(self, inputs):
+        """(a graph, the inputs that it reads, the x' that it writes)."""
+        before = [(b, b.clone()) for b in self.model.buffers()]
+        try:
+            graph, x_adv = cuda_graph(partial(self.attack, *inputs))
+        except torch.OutOfMemoryError:
+            raise InputError("the GPU's memory does not hold the CUDA graph of the attack: train without "
+                             "--compile, or with a smaller --batch-size") from None
+        restore_weights(before)
+        return graph, inputs, x_adv
+
+
+def cuda_graph(function):
+    """(a CUDA graph of function(), the tensor that every replay of it writes)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compilation and cuDNN's search for algorithms, which no graph can hold
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = function()
+    return graph, output
 
 
 # `torchrun --nproc_per_node=N -- SCRIPT` starts N processes. Every one holds all data and works on its part
@@ -649,7 +715,10 @@ def barrier():
 
 
 def check_processes(args, n_train, device):
-    """Raise InputError for what several processes cannot do."""
+    """Raise InputError for what several processes cannot do, and for a --compile that compiles nothing."""
+    if args.compile and n_train < args.batch_size:
+        raise InputError(f"--compile has no effect: {n_train} images make no whole batch of "
+                         f"{args.batch_size}, and smaller ones run uncompiled")
     last = n_train % args.batch_size or args.batch_size
     if args.batch_size % world() or last % world():
         raise InputError(f"{world()} processes cannot share batches of {args.batch_size} images, and one of "

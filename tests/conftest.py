@@ -1,5 +1,6 @@
 """Shared by the tests: the scripts are imported from the top of the repository, and run small."""
 
+import functools
 import json
 import os
 import subprocess
@@ -18,6 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 import train_pgdat
 import utils
+
+def attack_of(module, model, args):
+    """The training attack as main makes it."""
+    return functools.partial(module.training_attack, model, args)
+
 
 TINY = ("--model", "tiny", "--batch-size", 48, "--lr", 0.05)
 needs_bf16 = pytest.mark.skipif("bf16" not in utils.cpu_info(), reason="this CPU has no bf16 instructions")

@@ -2,7 +2,8 @@
 
 Tensors created on or moved to `cuda...` stay on the CPU but say that they are on the GPU, and so do all that
 are computed from them; mixing them with the CPU's is an error, as on a GPU. What this cannot show: kernels,
-their precision (TF32, bf16 autocast), compiled code, asynchrony, memory, speed.
+their precision (TF32, bf16 autocast), compiled code, asynchrony, memory, speed. A CUDA graph is played by
+PretendedGraph.
 """
 
 import contextlib
@@ -11,6 +12,8 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+import utils
 
 GETTERS = {torch.Tensor.device.__get__: torch.device("cuda", 0), torch.Tensor.is_cuda.__get__: True}
 MAY_MIX = {torch.Tensor.copy_, torch.Tensor.data.__set__, torch.Tensor.__getitem__,
@@ -37,6 +40,30 @@ def copy_parameter(parameter, memo):
     if hasattr(parameter, "on_gpu"):
         copied.on_gpu = True
     return copied
+
+
+class PretendedGraph:
+    """A stand-in for utils.cuda_graph: a replay calls the function again, and copies what it returns to where
+    the capture's output lies. It, too, runs the function three times beforehand, and leaves an output that is
+    not the function's until the first replay."""
+
+    made = []  # all of them
+
+    def __init__(self, function):
+        self.function, self.replays = function, 0
+        for _ in range(3):
+            self.output = function()
+        self.output = torch.full_like(self.output, torch.nan)
+        self.made.append(self)
+
+    def replay(self):
+        self.replays += 1
+        self.output.copy_(self.function())
+
+    @classmethod
+    def record(cls, function):
+        graph = cls(function)
+        return graph, graph.output
 
 
 class PretendedGPU(TorchFunctionMode):
@@ -80,7 +107,9 @@ def pretended_gpu(n=1):
     cuda = {"is_available": True, "device_count": n, "current_device": 0, "is_bf16_supported": True,
             "is_current_stream_capturing": False, "get_device_name": "pretended GPU"}
     stream = mock.Mock(is_capturing=lambda: False)
-    with mock.patch.multiple(torch.cuda, **{k: mock.Mock(return_value=v) for k, v in cuda.items()}), \
+    PretendedGraph.made.clear()
+    with mock.patch.object(utils, "cuda_graph", PretendedGraph.record), \
+            mock.patch.multiple(torch.cuda, **{k: mock.Mock(return_value=v) for k, v in cuda.items()}), \
             mock.patch.object(torch.accelerator, "current_stream", lambda: stream), \
             mock.patch.object(torch._C, "_cuda_setDevice", set_driver_device, create=True), \
             mock.patch.object(torch, "Generator", Generator), \

@@ -9,6 +9,7 @@ import copy
 
 import pytest
 import torch
+from conftest import attack_of
 
 import models
 import train_pgdat
@@ -29,8 +30,8 @@ def problem():
 
 def step(model, args, x, y, epoch=0):
     optimizer = utils.make_optimizer(model, args.optimizer, args.lr, args.wd, args.momentum)
-    noise = utils.seeded("cpu", 0)
-    return train_pgdat.train_step(model, optimizer, x, y, args.eps, epoch, noise, args)
+    attack, rng = attack_of(train_pgdat, model, args), utils.seeded("cpu", 0)
+    return train_pgdat.train_step(model, optimizer, attack, x, y, args.eps, epoch, rng, args)
 
 
 def watch(model):
@@ -94,10 +95,12 @@ def two_epochs(small_npz, *argv):
     model, _, _ = problem()
     model.float()
     optimizer = utils.make_optimizer(model, args.optimizer, args.lr, args.wd, args.momentum)
+    attack = attack_of(train_pgdat, model, args)
     for epoch in range(2):
         order = utils.seeded("cpu", "data", epoch)
         for x, y in utils.batches(data.train_images, data.train_labels, 40, order, padding="reflect"):
-            train_pgdat.train_step(model, optimizer, x, y, args.eps, epoch, utils.seeded("cpu", 0), args)
+            rng = utils.seeded("cpu", 0)
+            train_pgdat.train_step(model, optimizer, attack, x, y, args.eps, epoch, rng, args)
     return model
 
 

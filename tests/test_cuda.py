@@ -10,8 +10,8 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import TINY, log, needs_bf16
-from pretended_gpu import pretended_gpu
+from conftest import TINY, attack_of, log, needs_bf16, same_run
+from pretended_gpu import PretendedGraph, pretended_gpu
 
 import eval_aa
 import models
@@ -59,7 +59,14 @@ def interrupted(t, args):
     return utils.schedule(t, args)
 
 
-@pytest.mark.parametrize("machine", ["pretended", pytest.param("real", marks=needs_gpu)])
+MACHINES = pytest.mark.parametrize("machine", ["pretended", pytest.param("real", marks=needs_gpu)])
+
+
+def on_a(machine):
+    return pretended_gpu() if machine == "pretended" else contextlib.nullcontext()
+
+
+@MACHINES
 @pytest.mark.parametrize("module, device, flags", [
     (train_pgdat, "auto", ("--precision", "fp32", "--val", 16)),
     (train_pgdat, "cuda", ("--early-stop-pgd", 0, 1, "--optimizer", "sgd-gc", "--awp", 0.01)),
@@ -71,7 +78,7 @@ def interrupted(t, args):
 def test_training_going_on_and_evaluation(script, small_npz, tmp_path, monkeypatch, machine, module, device,
                                           flags):
     run, argv = tmp_path / "run", (*TINY, "--dataset", small_npz, "--steps", 1, "--device", device, *flags)
-    with pretended_gpu() if machine == "pretended" else contextlib.nullcontext():
+    with on_a(machine):
         with monkeypatch.context() as patch:
             patch.setattr(module, "schedule", interrupted)
             assert script(module, *argv, "--epochs", 2, "--out", run)[0] == 130
@@ -88,7 +95,100 @@ def test_training_going_on_and_evaluation(script, small_npz, tmp_path, monkeypat
     assert len(log(run)) == 2 and all(0 < e["train_loss"] < 100 for e in log(run))
 
 
-# ---- Precision: what only a GPU can show, and as much of it as a CPU can ----------------------------------
+# ---- The training attack in a CUDA graph -------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """A list of all Replayed that are made."""
+    made, init = [], utils.Replayed.__init__
+    monkeypatch.setattr(utils.Replayed, "__init__", lambda self, *a: made.append(self) or init(self, *a))
+    return made
+
+
+def three_steps(module, argv, compiled, captured):
+    """x' of three steps, of which the last has fewer images, and the state dict behind them."""
+    args, device = module.parse_args(["--model", "tiny", *argv]), torch.device("cuda", 0)
+    torch.manual_seed(0)
+    model = models.build("tiny", normalize=module.NORMALIZE).to(device, memory_format=torch.channels_last)
+    optimizer, attack = utils.make_optimizer(model, "sgd", args.lr, args.wd), attack_of(module, model, args)
+    if compiled:
+        model.compile(dynamic=False)
+    if captured:
+        attack = utils.Replayed(attack, model)
+    images = []
+    for step, size in enumerate((16, 16, 10)):
+        x = torch.rand(size, 32, 32, 3, device=device, generator=utils.seeded(device, "x", step))
+        y = torch.randint(10, (size,), device=device, generator=utils.seeded(device, "y", step))
+        x, rng, eps = x.permute(0, 3, 1, 2), utils.seeded(device, "attack", step), (step + 1) / 3 * args.eps
+        optimizer.param_groups[0]["lr"] = args.lr / (step + 1)
+
+        def noted(*tensors):
+            images.append(attack(*tensors).clone())
+            return images[-1]
+
+        with utils.uncompiled(size == 10):
+            module.train_step(model, optimizer, noted, x, y, eps, 0, rng, args)
+    assert not captured or (attack.replays, len(attack.graphs)) == (3, 2)
+    return images, model.state_dict()
+
+
+@MACHINES
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("bn_mode", ["train", "eval"])
+@pytest.mark.parametrize("module", [train_pgdat, train_trades])
+def test_graph_changes_no_bit(monkeypatch, machine, module, bn_mode, compiled):
+    """Of x', weights and running statistics, while eps and lr change, and with a smaller last batch."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    with on_a(machine):
+        without, with_graph = (three_steps(module, ["--bn-mode", bn_mode], compiled, graph)
+                               for graph in (False, True))
+    for got, want in zip(with_graph[0], without[0], strict=True):
+        assert torch.equal(got, want)
+    for name, want in without[1].items():
+        assert torch.equal(with_graph[1][name], want), name
+
+
+@pytest.mark.parametrize("bn_mode", ["train", "eval"])
+@pytest.mark.parametrize("module", [train_pgdat, train_trades])
+def test_graph_in_a_run_changes_no_bit(script, small_npz, tmp_path, graphs, module, bn_mode):
+    """Two epochs of batches of 40, 40 and 16 images: as many captures as shapes, a replay a step."""
+    argv = (*TINY, "--batch-size", 40, "--dataset", small_npz, "--steps", 2, "--epochs", 2, "--warmup-eps", 2,
+            "--bn-mode", bn_mode, "--ema", 0.9)
+    with pretended_gpu():
+        for out, flags in (("without", ()), ("with", ("--compile",))):
+            status, _, err = script(module, *argv, "--out", tmp_path / out, *flags)
+            assert status == 0, err
+    same_run(tmp_path / "without", tmp_path / "with")
+    replayed, = graphs
+    assert (len(PretendedGraph.made), replayed.replays) == (2, 6)
+    assert [graph.replays for graph in PretendedGraph.made] == [4, 2]
+
+
+@MACHINES
+@pytest.mark.parametrize("flags, note", [
+    ((), False), (("--early-stop-pgd", 1, 2), True), (("--attack", "none"), True)])
+def test_graph_is_used_or_a_line_says_why_not(train, graphs, machine, flags, note):
+    with on_a(machine):
+        status, out, err = train("--device", "cuda", "--compile", *flags, epochs=1)
+    assert status == 0 and ("note: there is no CUDA graph" in out) == note, err
+    assert [replayed.replays for replayed in graphs] == ([] if note else [2])
+
+
+def test_graph_that_does_not_fit_and_batches_that_are_none(train, monkeypatch):
+    def full(function):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pretended_gpu():
+        monkeypatch.setattr(utils, "cuda_graph", full)
+        status, _, err = train("--compile")
+        assert status == 2 and "train without --compile" in err and err.count("\n") == 1
+        status, _, err = train("--compile", "--batch-size", 97)
+        assert status == 2 and "--compile has no effect: 96 images make no whole batch of 97" in err
+
+
+# ---- Precision: what only a GPU can show, and as much of it as a CPU can ---------------------------------
 
 
 def updates(n, device, precision, compiled=False, dtype=torch.float32):
@@ -99,12 +199,14 @@ def updates(n, device, precision, compiled=False, dtype=torch.float32):
     name, batch = ("tiny", 16) if device == "cpu" else ("preactresnet-18", 128)
     model = models.build(name, bf16=precision == "bf16").to(device, dtype)
     if compiled:
-        utils.compile_model(model)
+        model.compile(dynamic=False)
     x, y = torch.rand(batch, 3, 32, 32).to(device, dtype), torch.randint(10, (batch,)).to(device)
     optimizer = utils.make_optimizer(model, "sgd", 0.01, 5e-4)
-    with mock.patch.object(train_pgdat, "random_start", lambda x, eps, noise: x):
+    attack = attack_of(train_pgdat, model, args)
+    with mock.patch.object(train_pgdat, "random_start", lambda x, eps, rng: x):
         for _ in range(n):
-            losses.append(train_pgdat.train_step(model, optimizer, x, y, 8 / 255, 0, None, args)[0].item())
+            loss, *_ = train_pgdat.train_step(model, optimizer, attack, x, y, 8 / 255, 0, None, args)
+            losses.append(loss.item())
     return losses, model, x, y
 
 

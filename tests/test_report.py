@@ -204,6 +204,19 @@ def test_a_run_of_another_setting_is_skipped(capsys):
     assert "--early-stop-pgd was None, is [40.0, 70.0]" in capsys.readouterr().err
 
 
+def test_a_run_tested_after_other_epochs_counts_and_a_remark_says_so():
+    write("t4-r18-ls0.3", 82.51, 54.34, eval_every=5, eval_from=100)
+    write("t4-r18-ls0.2", 82.73, 54.22, without=("eval_from",))  # from before there was such a flag
+    laptop("t4-r18-ls0.1", 40.0, 25.0, eval_every=22)
+    text = report.show_table("t4", report.read_rows())
+    assert cells(text, "t4-r18-ls0.3")["Clean"] == "82.51 (82.51, +0.00)"
+    remark = "was tested after other epochs than its row: --eval-every was 1, is 5; --eval-from was 1, is 100"
+    assert text.endswith(f"\nruns/t4-r18-ls0.3 {remark}") and text.count("other epochs") == 1
+    text = report.show_laptop_table("t4", report.read_rows(), report.read_rows(laptop=True))
+    assert text.endswith("runs/laptop/t4-r18-ls0.1 was tested after other epochs than its row: --eval-every "
+                         "was 11, is 22")
+
+
 def test_rows_of_an_unknown_script_cost_a_warning_each(folder, monkeypatch, capsys):
     (folder / "train_mart_half_written.py").write_text("def parse_args(argv=None):\n    return undefined\n")
     monkeypatch.syspath_prepend(folder)

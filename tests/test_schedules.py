@@ -49,7 +49,7 @@ def test_warm_ups_rise_linearly_from_zero_and_never_overshoot(warmup):
 def test_training_follows_them_step_by_step(module, script, small_npz, tmp_path, monkeypatch):
     seen = []
 
-    def train_step(model, optimizer, x, y, eps, epoch, noise, args):
+    def train_step(model, optimizer, attack, x, y, eps, epoch, rng, args):
         seen.append((optimizer.param_groups[0]["lr"], eps, epoch))
         return torch.ones(()), torch.zeros(len(y), 10), None
 
@@ -73,14 +73,15 @@ def parsed(module, *argv):
 
 @SCRIPTS
 def test_time_scale_multiplies_every_number_of_epochs_of_the_recipe(module):
-    recipe = ("--warmup-lr", 15, "--warmup-eps", 15, "--awp", 0.01, "--awp-warmup", 10, "--eval-every", 5)
+    recipe = ("--warmup-lr", 15, "--warmup-eps", 15, "--awp", 0.01, "--awp-warmup", 10, "--eval-every", 5,
+              "--eval-from", 100)
     want = {"epochs": 44, "lr_decay_epochs": [40, 42], "warmup_lr": 6, "warmup_eps": 6, "awp_warmup": 4}
     if module is train_pgdat:
         recipe, want = (*recipe, "--early-stop-pgd", 40, 70), want | {"early_stop_pgd": [16, 28]}
     plain, scaled = parsed(module, *recipe), parsed(module, *recipe, "--time-scale", 0.4)
     changed = {k: v for k, v in scaled.items() if v != plain[k]}
     assert changed.pop("out") and changed == want | {"time_scale": 0.4}
-    assert scaled["eval_every"] == 5
+    assert (scaled["eval_every"], scaled["eval_from"]) == (5, 100)
     assert parsed(module, *recipe, "--time-scale", 2)["lr_decay_epochs"] == [200, 210]
 
 

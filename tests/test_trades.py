@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import attack_of
 
 import models
 import train_trades
@@ -27,7 +28,7 @@ def problem(scale=1.0):
 
 @pytest.mark.parametrize("bn_mode", ["train", "eval"])
 @pytest.mark.parametrize("eps, alpha", [("8/255", "2/255"), ("0.031", "0.007")])
-def test_a_step_is_the_references(bn_mode, eps, alpha, monkeypatch):
+def test_a_step_is_the_references(bn_mode, eps, alpha):
     """Attack, loss, weights and running statistics."""
     args = setting("--bn-mode", bn_mode, "--eps", eps, "--alpha", alpha, "--beta", 6)
     model, x, y = problem(scale=3)
@@ -35,11 +36,11 @@ def test_a_step_is_the_references(bn_mode, eps, alpha, monkeypatch):
     by_hand, sgd = statistics_by_hand(ref), torch.optim.SGD(ref.parameters(), args.lr, weight_decay=args.wd)
     want_adv, want_loss = trades_step(ref, sgd, x, y, utils.seeded("cpu", 7), args)
 
-    got_adv, attack = [], train_trades.trades_attack
-    monkeypatch.setattr(train_trades, "trades_attack", lambda *a: got_adv.append(attack(*a)) or got_adv[0])
+    got_adv, attack = [], attack_of(train_trades, model, args)
     optimizer = utils.make_optimizer(model, "sgd", args.lr, args.wd, 0.9)
-    loss, logits, clean_logits = train_trades.train_step(model, optimizer, x, y, args.eps, 0,
-                                                         utils.seeded("cpu", 7), args)
+    loss, logits, clean_logits = train_trades.train_step(
+        model, optimizer, lambda *a: got_adv.append(attack(*a)) or got_adv[0], x, y, args.eps, 0,
+        utils.seeded("cpu", 7), args)
     torch.testing.assert_close(got_adv[0], want_adv, rtol=0, atol=1e-12)
     assert loss.item() == pytest.approx(want_loss.item(), rel=1e-9)
     torch.testing.assert_close(logits, before(want_adv))
@@ -59,7 +60,8 @@ def test_number_of_forwards_and_of_updates(bn_mode, updates, natural_forwards):
     args, natural = setting("--bn-mode", bn_mode), []
     model.register_forward_pre_hook(lambda m, i: natural.append(torch.equal(i[0], x)))
     optimizer = utils.make_optimizer(model, "sgd", 0.1, 0)
-    train_trades.train_step(model, optimizer, x, y, args.eps, 0, utils.seeded("cpu", 0), args)
+    attack = attack_of(train_trades, model, args)
+    train_trades.train_step(model, optimizer, attack, x, y, args.eps, 0, utils.seeded("cpu", 0), args)
     assert model.bn.num_batches_tracked == updates and sum(natural) == natural_forwards
     assert len(natural) - sum(natural) == 10 + 1
     assert natural[-2:] == [True, False]  # the loss: natural, then adversarial
@@ -85,7 +87,7 @@ def test_saturated_logits_stay_finite():
     model, x, _ = problem(scale=1e4)
     x, args = x.float(), setting()
     start = x + 0.001 * torch.empty_like(x).normal_(generator=utils.seeded("cpu", 0))
-    x_adv = train_trades.trades_attack(model.float(), x, start, args.eps, args)
+    x_adv = train_trades.training_attack(model.float(), args, x, start, args.eps)
     assert x_adv.isfinite().all() and (x_adv - x).abs().max() > 0
 
 

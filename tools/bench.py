@@ -33,7 +33,7 @@ import models
 import train_pgdat
 import train_trades
 from tests import reference
-from utils import (InputError, Parser, compile_model, cpu_info, device_name, environment, make_optimizer,
+from utils import (InputError, Parser, compile_training, cpu_info, device_name, environment, make_optimizer,
                    number, pick_device, run_script, seeded, set_precision, write_json)
 
 TOLERANCE = 1e-9                      # between (a) and (b) in float64
@@ -67,21 +67,23 @@ class Setting:
         self.model.to(device, dtype, memory_format=LAYOUT[self.who]).train()
         if dtype == torch.float64:  # images and noise may stay float32
             self.model.register_forward_pre_hook(lambda model, inputs: inputs[0].double())
+        self.attack = partial(script.training_attack, self.model, args)
         if self.compiled:
-            compile_model(self.model)
+            self.attack = compile_training(self.model, self.attack, args, device)
         self.optimizer = make_optimizer(self.model, "sgd", args.lr, args.wd, args.momentum)
 
     def step(self, x, y, i):
         """The loss of a training step on x (B, 3, 32, 32), y (B,), with the noise of number i. Its time goes
         to self.seconds."""
         set_precision(self.precision, self.device)
-        known, noise = (self.model, self.optimizer, x, y), seeded(self.device, "noise", i)
+        known, noise = (self.model, self.optimizer), seeded(self.device, "noise", i)
         if self.who == "ours":
-            take = partial(self.script.train_step, *known, self.args.eps, 0, noise, self.args)
+            take = partial(self.script.train_step, *known, self.attack, x, y, self.args.eps, 0, noise,
+                           self.args)
             seconds, (loss, _, _) = timed(take, self.device)
         else:
             take = reference.trades_step if self.script is train_trades else reference.pgdat_step
-            seconds, (_, loss) = timed(partial(take, *known, noise, self.args), self.device)
+            seconds, (_, loss) = timed(partial(take, *known, x, y, noise, self.args), self.device)
         self.seconds.append(seconds)
         return loss.item()
 

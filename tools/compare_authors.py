@@ -246,20 +246,16 @@ def our_steps(script, setting, state, batches, theirs):
     lr, eps, images, headroom = {}, {}, [], []
     model.register_forward_hook(
         lambda module, x, logits: headroom.append(1 - logits.detach().softmax(1).max().item()))
-    name = "pgd" if script is train_pgdat else "trades_attack"
-    attack = getattr(script, name)
-
-    def recorded_attack(*arguments):
-        images.append(attack(*arguments))
+    def attack(*arguments, **tolerance):
+        images.append(script.training_attack(model, args, *arguments, **tolerance))
         return images[-1]
 
-    with mock.patch.object(script, name, recorded_attack):
-        for i, (x, y) in enumerate(batches):
-            lr[i], eps[i] = map(torch.tensor, schedule(setting.epoch + i / len(batches), args))
-            for group in optimizer.param_groups:
-                group["lr"] = theirs["lr"].get(i, lr[i]).item()
-            radius, noise = theirs["eps"].get(i, eps[i]).item(), torch.Generator().manual_seed(NOISE + i)
-            script.train_step(model, optimizer, x, y, radius, setting.epoch, noise, args)
+    for i, (x, y) in enumerate(batches):
+        lr[i], eps[i] = map(torch.tensor, schedule(setting.epoch + i / len(batches), args))
+        for group in optimizer.param_groups:
+            group["lr"] = theirs["lr"].get(i, lr[i]).item()
+        radius, rng = theirs["eps"].get(i, eps[i]).item(), torch.Generator().manual_seed(NOISE + i)
+        script.train_step(model, optimizer, attack, x, y, radius, setting.epoch, rng, args)
     return {"lr": lr, "eps": eps, "images": dict(enumerate(images)), **tensors(model)}, min(headroom)
 
 

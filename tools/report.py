@@ -35,6 +35,7 @@ from utils import HERE, InputError, Parser, differences, run_script
 BASES = {"train_pgdat.py": "t2-base", "train_trades.py": "t12-r18-wd5e-4-relu-bneval"}
 LAPTOP = {"clean": "clean", "pgd10": "pgd10", "apgd": "aa"}  # measured there: the paper's figure beside it
 EFFECTS = ("t2", "t3", "t4", "t5", "t6", "t7", "t8", "t12")  # the tables that `effects` draws
+TESTING = ("eval_every", "eval_from")
 LIMITS = {"clean": 1.0, "pgd10": 1.0, "aa": 0.6}  # one seed's difference from the paper is bold beyond this
 LEGEND = """\
 In parentheses: the paper's figure, and ours less the paper's. Bold: beyond two standard errors of the mean
@@ -183,13 +184,24 @@ def deviations(run, row, seed):
         return ["it has no args.json"]
 
     def comparable(setting):
-        how = ("precision", "compile")  # how it was computed, not what
+        how = ("precision", "compile", *TESTING)  # how it was computed and tested, not what
         data = Path(setting.get("dataset", "")).name
         return {k: v for k, v in setting.items() if k not in how} | {"data": data}
 
     was = comparable({"script": run.record["command"][0], **run.record["args"]})
     defaults, _ = parse(row.setting["script"])
     return differences(was, comparable(row.setting | {"seed": seed}), defaults)
+
+
+def remarks(rows):
+    """A line for each run that was not tested after the epochs that its row says: its best may be another."""
+    lines = []
+    for row in (row for row in rows if row.setting):
+        for run in row.runs.values():
+            before, now = ({k: args.get(k, 1) for k in TESTING} for args in (row.setting, run.record["args"]))
+            if differ := differences(before, now, {}):
+                lines.append(f"{run.folder} was tested after other epochs than its row: {'; '.join(differ)}")
+    return lines
 
 
 # ---- Arithmetic --------------------------------------------------------------------------------------------
@@ -360,7 +372,8 @@ def show_table(table, rows):
             lines.append(["eval - train", *[""] * len(names), *modes, ""])
     header = ["row", *names, *METRICS.values()] + ["replicated by others"] * bool(notes)
     text = markdown(header, [line[: len(header)] for line in lines])
-    return "\n".join([text, "", LEGEND, *(f"[{i}] {note}" for i, note in enumerate(notes, 1))])
+    notes = [f"[{i}] {note}" for i, note in enumerate(notes, 1)]
+    return "\n".join([text, "", LEGEND, *notes, *remarks(shown)])
 
 
 def difference_text(value, error=None):
@@ -399,7 +412,7 @@ def show_laptop_table(table, rows, laptop):
         seeds, *ours = laptop_cells(small, found)
         lines.append([row.id, *texts[row.id], seeds, *(text for pair in zip(ours, theirs) for text in pair)])
     header = ["row", *names, "seeds", "Clean", "paper's", "PGD-10", "paper's", "APGD", "paper's AA"]
-    return f"{markdown(header, lines)}\n\n{LAPTOP_LEGEND}"
+    return "\n".join([markdown(header, lines), "", LAPTOP_LEGEND, *remarks(laptop[row.id] for row in shown)])
 
 
 def state(row):
