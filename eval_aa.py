@@ -23,7 +23,7 @@ the batches out to N processes, with the same figures.
 """
 
 import argparse
-import io
+import hashlib
 import json
 import logging
 import math
@@ -33,17 +33,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from pyautoattack import AutoAttack
+from tqdm import tqdm
 
 import models
-from utils import (InputError, Parser, environment, evaluate, fraction, load_checkpoint,
-                   load_dataset, lock, number, percent, progress, rank, run_script, sha256_of, start_device,
-                   sum_over_processes, to_float, world, write_json, write_whole)
+import utils
+from utils import InputError, evaluate, load_dataset, percent, to_float
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack's standard version, in its order
 CLASSES = {"apgd-ce": 2, "apgd-dlr": 3, "fab": 2, "square": 2, "apgd-t": 10, "fab-t": 10}  # that they need
 # What decides an evaluation's figures: a result of another one is refused.
 IDENTITY = ("weights_sha256", "data_sha256", "model", "activation", "normalize", "n", "eps", "attacks",
-            "pgd_steps", "seed", "precision", "batch_size")
+            "seed", "precision", "batch_size")
 
 
 def attack_list(text):
@@ -57,69 +57,89 @@ def attack_list(text):
 
 def parse_args(argv=None):
     """The arguments of a command line. One that contradicts itself is refused with exit status 2."""
-    p = Parser(description=__doc__)
+    p = utils.Parser(description=__doc__)
     p.add_argument("target", type=Path, help="a run's folder or a checkpoint file")
     p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run's folder")
-    p.add_argument("--out", type=Path, help="file of the result, beside which an .npz is written (default: "
-                   "result.json in the run's folder, CHECKPOINT_result.json beside another checkpoint)")
-    p.add_argument("--overwrite", action="store_true",
-                   help="discard the result that is there, finished or not")
+    p.add_argument("--out", type=Path, help="file of the result, beside which an .npz is written; without "
+                   "it result.json in the run's folder, CHECKPOINT_result.json beside another checkpoint")
 
     g = p.add_argument_group("a checkpoint from elsewhere, which does not say what it is")
     g.add_argument("--model", choices=models.MODELS, metavar="NAME", help=", ".join(models.MODELS))
     g.add_argument("--activation", choices=models.ACTIVATIONS, metavar="NAME",
-                   help=f"{', '.join(models.ACTIVATIONS)} (default: relu)")
+                   help=f"{', '.join(models.ACTIVATIONS)}; without it relu")
     g.add_argument("--no-normalize", action="store_true", help="it takes images in [0, 1] as they are")
-    g.add_argument("--mean", type=number(0), nargs=3, metavar="M",
-                   help="channel means that normalise its input (default: PGD-AT's, of CIFAR-10)")
-    g.add_argument("--std", type=number(1e-6), nargs=3, metavar="S",
-                   help="channel standard deviations that do (default: PGD-AT's, of CIFAR-10)")
+    g.add_argument("--mean", type=utils.number(0), nargs=3, metavar="M",
+                   help="channel means that normalise its input; without them PGD-AT's, of CIFAR-10")
+    g.add_argument("--std", type=utils.number(1e-6), nargs=3, metavar="S",
+                   help="channel standard deviations that do; without them PGD-AT's, of CIFAR-10")
 
     g = p.add_argument_group("attacks")
-    g.add_argument("--eps", type=fraction,
-                   help="L-inf radius on the [0, 1] scale (default: the run's, or 8/255)")
+    g.add_argument("--eps", type=utils.fraction,
+                   help="L-inf radius on the [0, 1] scale; without it the run's, or 8/255")
     g.add_argument("--attacks", type=attack_list, default="standard",
                    help=f"standard (AutoAttack), none, or a list out of {','.join(CLASSES)}, which is no AA")
-    g.add_argument("--stop-after", type=number(1, kind=int), metavar="N",
+    g.add_argument("--stop-after", type=utils.number(1, kind=int), metavar="N",
                    help="stop after the batch with the N-th image; the same command without this goes on")
-    g.add_argument("--pgd-steps", type=number(1, kind=int), default=10,
-                   help="another number makes a PGD of so many steps of 2/255 beside PGD-10")
 
     g = p.add_argument_group("run")
     g.add_argument("--dataset",
-                   help="cifar10, cifar100 or the path of an .npz (default: the run's, or cifar10)")
+                   help="cifar10, cifar100 or the path of an .npz; without it the run's, or cifar10")
     g.add_argument("--data-dir",
-                   help="where cifar10.npz is, or is put on first use (default: the run's, or data)")
-    g.add_argument("--n", type=number(1, kind=int), help="evaluate the first N test images alone")
-    g.add_argument("--seed", type=number(0, kind=int), default=0, help="seed of the attacks")
-    g.add_argument("--batch-size", type=number(1, kind=int),
-                   help="images a batch (default: 500 on CUDA, 250 elsewhere); later attacks see about half")
+                   help="where cifar10.npz is, or is put on first use; without it as in the run, or data")
+    g.add_argument("--n", type=utils.number(1, kind=int), help="evaluate the first N test images alone")
+    g.add_argument("--seed", type=utils.number(0, kind=int), default=0, help="seed of the attacks")
+    g.add_argument("--batch-size", type=utils.number(1, kind=int),
+                   help="images a batch, of which later attacks see about half; without it 500 on CUDA, 250 "
+                        "elsewhere")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     g.add_argument("--precision", choices=("fp32", "tf32"),
-                   help="fp32: strict; tf32: torch's own float32 (default: tf32 on CUDA, fp32 elsewhere)")
+                   help="fp32: strict; tf32: torch's own float32; without it tf32 on CUDA, fp32 elsewhere")
     args = p.parse_args(argv)
     if args.no_normalize and (args.mean or args.std):
         p.error("--no-normalize contradicts --mean and --std")
     if bool(args.mean) != bool(args.std):
         p.error("--mean and --std go together")
-    if not args.attacks:
-        p.refuse(args, "--attacks none", "stop_after")
+    if args.stop_after and not args.attacks:
+        p.error("--stop-after has no effect with --attacks none")
     return args
 
 
 def locate(args):
     """(checkpoint file, result file) of the target."""
-    target, which = args.target, args.which
+    target, name = args.target, "result.json" if args.which == "best" else "result_last.json"
     if target.is_dir():
-        checkpoint, result = target / f"{which}.pt", "result.json" if which == "best" else "result_last.json"
+        target = target / f"{args.which}.pt"
+    elif args.which == "best":
+        name = f"{target.stem}_{name}"
     else:
-        checkpoint, result = target, f"{target.stem}_result.json"
-        if which != "best":
-            raise InputError("--which chooses in a run's folder, but the target is a file")
-    result = args.out or checkpoint.with_name(result)
-    if result.suffix != ".json":
-        raise InputError(f"--out {result} does not end in .json")
-    return checkpoint, result
+        raise InputError("--which chooses in a run's folder, but the target is a file")
+    return target, args.out or target.with_name(name)
+
+
+def load_checkpoint(path):
+    """The dict in a checkpoint file: ours, {"state_dict": ...}, or a bare state dict made that.
+
+    A `module.` prefix (DataParallel) and the `sub_block1.*` keys of WideResNets, which no forward pass uses,
+    are dropped. Raises InputError for a file that cannot be read safely, or holds no state dict.
+    """
+    loaded = utils.load_checkpoint(path)
+    if isinstance(loaded, dict) and not isinstance(loaded.get("state_dict"), dict):
+        loaded = {"state_dict": loaded}
+    state = loaded["state_dict"] if isinstance(loaded, dict) else {}
+    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f"{path} holds no state dict")
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    loaded["state_dict"] = {k: v for k, v in state.items() if not k.startswith("sub_block1.")}
+    return loaded
+
+
+def sha256_of(state):
+    """SHA-256 of a state dict's tensors and their names."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        digest.update(key.encode())
+        digest.update(state[key].contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_weights(model, state, path):
@@ -178,8 +198,9 @@ def load_subject(args, path, device):
     about |= {"checkpoint": path.name, "epoch": checkpoint.get("epoch"), "n": n,
               "weights_sha256": sha256_of(checkpoint["state_dict"]), "data_sha256": data.sha256,
               "eps": trained["eps"] if args.eps is None else args.eps, "attacks": args.attacks,
-              "pgd_steps": args.pgd_steps, "seed": args.seed, "precision": args.precision,
-              "batch_size": args.batch_size or (500 if device.type == "cuda" else 250), **environment(device)}
+              "seed": args.seed, "precision": args.precision,
+              "batch_size": args.batch_size or (500 if device.type == "cuda" else 250),
+              **utils.environment(device)}
     model.to(device, memory_format=torch.channels_last)
     return model, data.test_images[:n], data.test_labels[:n], json.loads(json.dumps(about))
 
@@ -187,64 +208,59 @@ def load_subject(args, path, device):
 # ---- The result --------------------------------------------------------------------------------------------
 
 
-def open_result(path, about, overwrite):
+def open_result(path, about):
     """(result, flags) of the evaluation in the .json and the .npz beside it, or of one that begins.
 
     flags: {"clean", "pgd10", an attack's name: which images withstood it and those before, "done"}, (N,) bool
-    each. Raises InputError if a file is not ours, or of another evaluation without `overwrite`.
+    each. Raises InputError if a file is of another evaluation, or not ours.
     """
-    npz, result, flags = path.with_suffix(".npz"), {}, {}
-    try:
-        if path.exists():
-            result = json.loads(path.read_text())
-            result["weights_sha256"]  # an older result of ours has it too, and may be overwritten
-        if npz.exists():
-            with np.load(npz, allow_pickle=False) as file:
-                flags = dict(file)
-            result = json.loads(str(flags.pop("result")))
-    except Exception:  # not JSON, an .npz of something else, damaged ...
-        raise InputError(f"{path} or {npz} was not written by this script: choose another --out") from None
-    if overwrite or not result:
+    npz = path.with_suffix(".npz")
+    if not path.exists() and not npz.exists():
         return {**about, "seconds": {"pgd10": 0, "autoattack": 0}}, {}
-    differ = [f"{k} was {result.get(k)}, is {about[k]}" for k in IDENTITY if result.get(k) != about[k]]
-    if differ or not flags:
-        why = "; ".join(differ) or f"{npz} is gone"
-        raise InputError(f"{path} is of another evaluation ({why}): choose another --out, or --overwrite")
+    try:
+        with np.load(npz, allow_pickle=False) as file:
+            flags = dict(file)
+        result = json.loads(str(flags.pop("result")))
+        differ = [f"{k} was {result[k]}, is {about[k]}" for k in IDENTITY if result[k] != about[k]]
+    except Exception:  # gone, damaged, an .npz of something else ...
+        differ = [f"{npz} says nothing of it"]
+    if differ:
+        raise InputError(f"{path} is of another evaluation ({'; '.join(differ)}): choose another --out, or "
+                         f"delete it and {npz}")
     return result, flags
 
 
-def estimate(pgd10, left, done):
-    """(accuracy, its standard error), per cent, from flags (N,): pgd10 of all images, `left` of those done.
+def estimate(pgd10, robust, done):
+    """(accuracy, its standard error), per cent, from flags (N,): pgd10 of all images, robust of those done.
 
     See the formula at the top. At least one image has to be done.
     """
     total, n = len(done), done.sum()
-    difference = pgd10[done].astype(float) - left[done]
+    difference = pgd10[done].astype(float) - robust[done]
     spread = ((difference - difference.mean()) ** 2).sum() / max(n - 1, 1)
     error = math.sqrt((1 - n / total) * spread / n)
     return round(100 * (pgd10.mean() - difference.mean()), 2), round(100 * error, 2)
 
 
-def save(path, result, flags):
-    """Bring the figures of the result up to date and write both files, each whole or not at all."""
+def report(path, result, flags):
+    """Bring the figures up to date, write both files, each whole or not at all, and print the figures: clean
+    82.16 / PGD-10 53.31 / AA 48.71 +- 0.45 (2,000 of 10,000 images)."""
     n_done, attacks = int(flags["done"].sum()), result["attacks"]
-    left = {a: estimate(flags["pgd10"], flags[a], flags["done"]) for a in attacks if n_done}
-    aa, error = left.get(STANDARD[-1], (None, None)) if tuple(attacks) == STANDARD else (None, None)
-    result |= {k: percent(torch.from_numpy(v)) for k, v in flags.items() if k.startswith(("clean", "pgd"))}
-    result |= {"n_done": n_done, "complete": not attacks or n_done == result["n"], "left": left, "aa": aa,
+    figures = {a: estimate(flags["pgd10"], flags[a], flags["done"]) for a in attacks if n_done}
+    aa, error = figures.get(STANDARD[-1], (None, None)) if tuple(attacks) == STANDARD else (None, None)
+    result |= {k: percent(torch.from_numpy(flags[k])) for k in ("clean", "pgd10")}
+    result |= {"n_done": n_done, "complete": not attacks or n_done == result["n"], "left": figures, "aa": aa,
                "aa_error": error}
-    file = io.BytesIO()
-    np.savez_compressed(file, result=json.dumps(result), **flags)
-    write_whole(path.with_suffix(".npz"), file.getbuffer())
-    write_json(path, result)
-
-
-def figure(result):
-    """The last attack's figure in words: AA 48.71 +- 0.45 (2,000 of 10,000 images)."""
-    value, error = result["left"][result["attacks"][-1]]
-    name = "AA" if result["aa"] is not None else ",".join(result["attacks"]) + " (not AA)"
-    so_far = "" if result["complete"] else f" +- {error:.2f} ({result['n_done']:,} of {result['n']:,} images)"
-    return f"{name} {value:.2f}{so_far}"
+    arrays = {**flags, "result": json.dumps(result)}
+    utils.write_whole(path.with_suffix(".npz"), lambda file: np.savez_compressed(file, **arrays))
+    utils.write_json(path, result)
+    text = f"clean {result['clean']:.2f} / PGD-10 {result['pgd10']:.2f}"
+    if figures:
+        value, error = figures[attacks[-1]]
+        text += f" / {'AA' if aa is not None else ','.join(attacks) + ' (not AA)'} {value:.2f}"
+        if not result["complete"]:
+            text += f" +- {error:.2f} ({n_done:,} of {result['n']:,} images)"
+    print(text, flush=True)
 
 
 # ---- Attacks -----------------------------------------------------------------------------------------------
@@ -273,35 +289,35 @@ def withstood(aa, attacks, x, y):
     x (B, 3, 32, 32) in [0, 1], y (B,).
     """
     with torch.no_grad():
-        left = aa.get_logits(x).argmax(1) == y
+        robust = aa.get_logits(x).argmax(1) == y
     flags = {}
     for attack in attacks:
-        index = left.nonzero().squeeze(1)
+        index = robust.nonzero().squeeze(1)
         if len(index):  # the package raises where there is no image
             aa.attacks_to_run = [attack]
             _, predicted = aa.run_standard_evaluation(x[index], y[index], batch_size=len(index))
-            left[index] = predicted == y[index]
-        flags[attack] = left.clone()
+            robust[index] = predicted == y[index]
+        flags[attack] = robust.clone()
     return flags
 
 
 def run_autoattack(aa, images, labels, result, flags, stop_after, path):
-    """Send the batches that are not done through all attacks; save after each round of the processes."""
+    """Send the batches that are not done through all attacks; report after each round of the processes."""
     n, size, attacks = result["n"], result["batch_size"], result["attacks"]
     starts = [i for i in range(0, min(n, stop_after or n), size) if not flags["done"][i]]
-    for first in progress(range(0, len(starts), world()), "AutoAttack"):
-        began, rounds = time.time(), starts[first : first + world()]
+    rounds = [starts[i : i + utils.WORLD] for i in range(0, len(starts), utils.WORLD)]
+    for of_all in tqdm(rounds, "AutoAttack", leave=False, disable=utils.RANK or None):
+        began = time.time()
         new = torch.zeros(len(attacks) + 1, n, dtype=torch.bool, device=labels.device)
-        for i in rounds[rank() : rank() + 1]:
+        for i in of_all[utils.RANK : utils.RANK + 1]:
             batch = slice(i, i + size)
             x = to_float(images[batch]).contiguous()
             new[:-1, batch] = torch.stack(list(withstood(aa, attacks, x, labels[batch]).values()))
             new[-1, batch] = True
-        for name, values in zip((*attacks, "done"), sum_over_processes(new).cpu().numpy()):
+        for name, values in zip((*attacks, "done"), utils.sum_over_processes(new).cpu().numpy()):
             flags[name] |= values
         result["seconds"]["autoattack"] = round(result["seconds"]["autoattack"] + time.time() - began, 1)
-        save(path, result, flags)
-        print(figure(result), flush=True)
+        report(path, result, flags)
 
 
 def warn_if_normalised_otherwise(model, images, labels):
@@ -329,35 +345,29 @@ def show_late(flags):
 
 def main():
     args = parse_args()
-    device = start_device(args)
+    device = utils.start_device(args)
     path, out = locate(args)
     model, images, labels, about = load_subject(args, path, device)
     print(f"{path}: {about['model']}, {len(labels):,} test images, eps {255 * about['eps']:.4g}/255")
-    folder_lock = lock(out.parent, f".{out.stem}.lock")  # until this process ends
-    result, flags = open_result(out, about, args.overwrite)
+    utils.lock(out.parent, f".{out.stem}.lock")
+    result, flags = open_result(out, about)
     if not flags:
         began = time.time()
-        for steps in sorted({10, args.pgd_steps}):
-            clean, robust = evaluate(model, images, labels, result["eps"], steps, seed=args.seed,
-                                     batch_size=result["batch_size"]).cpu().numpy()
-            flags |= {"clean": clean, f"pgd{steps}": robust}
+        pgd10 = evaluate(model, images, labels, result["eps"], seed=args.seed,
+                         batch_size=result["batch_size"], shard=utils.SHARD)
+        flags = dict(zip(("clean", "pgd10"), utils.sum_over_processes(pgd10).cpu().numpy()))
         flags |= {name: np.zeros(len(labels), dtype=bool) for name in (*args.attacks, "done")}
         result["seconds"]["pgd10"] = round(time.time() - began, 1)
         if args.model:
             warn_if_normalised_otherwise(model, images, labels)
-    save(out, result, flags)
-    figures = f"clean {result['clean']:.2f} / PGD-10 {result['pgd10']:.2f}"
-    if args.pgd_steps != 10:
-        figures += f" / PGD-{args.pgd_steps} {result[f'pgd{args.pgd_steps}']:.2f}"
-    print(figures, flush=True)
+    report(out, result, flags)
     if args.attacks:
         aa = make_autoattack(model, result["eps"], args.seed, device)
         run_autoattack(aa, images, labels, result, flags, args.stop_after, out)
-        figures += f" / {figure(result)}"
         if result["aa"] is not None:
             show_late(flags)
-    print(f"{path}, {len(labels):,} images: {figures}   ({out})")
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    utils.run_script(main)

@@ -43,7 +43,7 @@ def copy_parameter(parameter, memo):
 
 
 class PretendedGraph:
-    """A stand-in for utils.cuda_graph: a replay calls the function again, and copies what it returns to where
+    """A stand-in for utils.capture: a replay calls the function again, and copies what it returns to where
     the capture's output lies. It, too, runs the function three times beforehand, and leaves an output that is
     not the function's until the first replay."""
 
@@ -108,7 +108,7 @@ def pretended_gpu(n=1):
             "is_current_stream_capturing": False, "get_device_name": "pretended GPU"}
     stream = mock.Mock(is_capturing=lambda: False)
     PretendedGraph.made.clear()
-    with mock.patch.object(utils, "cuda_graph", PretendedGraph.record), \
+    with mock.patch.object(utils, "capture", PretendedGraph.record), \
             mock.patch.multiple(torch.cuda, **{k: mock.Mock(return_value=v) for k, v in cuda.items()}), \
             mock.patch.object(torch.accelerator, "current_stream", lambda: stream), \
             mock.patch.object(torch._C, "_cuda_setDevice", set_driver_device, create=True), \

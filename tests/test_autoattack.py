@@ -124,15 +124,15 @@ def test_an_interruption_at_any_moment_changes_no_flag(script, checkpoint, monke
     whole, write = dict(np.load("tiny_result.npz")), utils.write_whole
     moments, interrupted = random.Random(1), 0
 
-    def dying(path, data):
+    def dying(path, fill):
         moment = moments.choice(("before", "after", "", ""))
         if moment == "before":
             raise KeyboardInterrupt
-        write(path, data)
+        write(path, fill)
         if moment == "after":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(eval_aa, "write_whole", dying)
+    monkeypatch.setattr(utils, "write_whole", dying)
     while (status := script(eval_aa, *argv, "--out", "cut.json")[0]) == 130:
         interrupted += 1
     cut = dict(np.load("cut.npz"))
@@ -141,10 +141,8 @@ def test_an_interruption_at_any_moment_changes_no_flag(script, checkpoint, monke
 
 
 @pytest.mark.parametrize("argv, problem", [
-    (("--out", "small.json"), "small.npz was not written by this script"),  # whose .npz is the data set
-    (("--out", "small.json", "--overwrite"), "small.npz was not written by this script"),
-    (("--out", "other.json", "--overwrite"), "other.json or other.npz was not written by this script"),
-    (("--out", "result.pt"), "does not end in .json"),
+    (("--out", "small.json"), "small.npz says nothing of it"),  # it is the data set
+    (("--out", "other.json"), "other.npz says nothing of it"),
     (("--eps", "4/255"), "eps was"),
     (("--batch-size", 7), "batch_size was 250, is 7"),
     (("--activation", "elu"), "activation was relu, is elu"),
@@ -165,13 +163,16 @@ def test_what_is_refused_leaves_everything_as_it_was(script, checkpoint, argv, p
     assert files(checkpoint) == before
 
 
-def test_other_weights_are_refused_and_overwritten_only_if_asked_for(script, checkpoint):
+def test_other_weights_are_refused_until_the_result_is_deleted(script, checkpoint):
     argv = (*TINY, "--attacks", "none")
     assert script(eval_aa, *argv)[0] == 0
     torch.save(models.build("tiny").state_dict(), "tiny.pt")
     status, _, err = script(eval_aa, *argv)
     assert status == 2 and "weights_sha256 was" in err
-    assert script(eval_aa, *argv, "--overwrite")[0] == 0 and script(eval_aa, *argv)[0] == 0
+    for name in ("tiny_result.json", "tiny_result.npz"):
+        assert name in err
+        (checkpoint / name).unlink()
+    assert script(eval_aa, *argv)[0] == 0 and script(eval_aa, *argv)[0] == 0
     state = models.build("tiny").state_dict()
     torch.save({**state, "conv1.weight": state["conv1.weight"] * float("nan")}, "tiny.pt")
     status, _, err = script(eval_aa, *argv)
@@ -186,7 +187,7 @@ def test_anyones_checkpoint_and_a_warning_where_another_normalisation_does_bette
     data = utils.load_dataset("small.npz")
     x = utils.to_float(data.test_images)
     model = models.build("tiny").eval()
-    model.load_state_dict(utils.load_checkpoint("tiny.pt")["state_dict"])
+    model.load_state_dict(eval_aa.load_checkpoint("tiny.pt")["state_dict"])
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.2, 0.1])
     normalised = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     for i, (flags, shown) in enumerate([

@@ -16,7 +16,7 @@ import utils
 def test_forms_that_are_read(tmp_path, wrap):
     state = models.build("tiny").state_dict()
     torch.save(wrap(state), tmp_path / "c.pt")
-    loaded = utils.load_checkpoint(tmp_path / "c.pt")["state_dict"]
+    loaded = eval_aa.load_checkpoint(tmp_path / "c.pt")["state_dict"]
     assert list(loaded) == list(state) and all(torch.equal(loaded[k], state[k]) for k in state)
 
 
@@ -49,12 +49,12 @@ def test_damaged_and_alien_files_are_refused(tmp_path):
     (tmp_path / "whole.pt").unlink()
     for path in (*tmp_path.iterdir(), tmp_path / "missing.pt"):
         with pytest.raises(utils.InputError, match=path.name):
-            utils.load_checkpoint(path)
+            eval_aa.load_checkpoint(path)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "c.pt"
-    utils.save_checkpoint(path, {"state_dict": {"w": torch.ones(1)}})
+    path = tmp_path / "c.json"
+    utils.write_json(path, 1)
 
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -62,14 +62,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(utils.os, "fsync", full)
         with pytest.raises(OSError, match="No space left on device"):
-            utils.save_checkpoint(path, {"state_dict": {"w": torch.zeros(1)}})
-    monkeypatch.setattr(utils, "rank", lambda: 1)  # of several processes only the first writes
-    utils.save_checkpoint(path, {"state_dict": {"w": torch.zeros(1)}})
-    assert utils.load_checkpoint(path)["state_dict"]["w"].item() == 1
+            utils.write_json(path, 2)
+    monkeypatch.setattr(utils, "RANK", 1)  # of several processes only the first writes
+    utils.write_json(path, 3)
+    assert path.read_text() == "1\n"
     monkeypatch.undo()
-    os.link(path, tmp_path / "old.pt")
-    utils.save_checkpoint(path, {"state_dict": {"w": torch.zeros(1)}})  # renamed, not written over
-    assert [utils.load_checkpoint(p)["state_dict"]["w"].item() for p in (path, tmp_path / "old.pt")] == [0, 1]
+    os.link(path, tmp_path / "old.json")
+    utils.write_json(path, 2)  # renamed, not written over
+    assert [p.read_text() for p in (path, tmp_path / "old.json")] == ["2\n", "1\n"]
 
 
 def test_weights_of_another_architecture_or_not_finite_are_refused_by_their_first_key():

@@ -41,22 +41,24 @@ def test_a_gpu_that_torch_does_not_see_is_warned_of(there, monkeypatch, capfd):
 
 
 def test_under_torchrun_every_process_takes_its_own_and_synchronises_batch_norm(monkeypatch):
-    monkeypatch.setattr(utils, "world", lambda: 2)
+    monkeypatch.setattr(utils, "WORLD", 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pretended_gpu(2):
         assert utils.pick_device("auto") == utils.pick_device("cuda") == torch.device("cuda", 1)
-    model = utils.sync_batch_norm(models.build("tiny"), torch.device("cuda", 0))
-    kinds = {type(m) for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
-    assert kinds == {torch.nn.SyncBatchNorm}
-    with pytest.raises(utils.InputError, match="--compile is not supported on several GPUs"):
-        utils.check_processes(train_pgdat.parse_args(["--compile"]), 51_200, torch.device("cuda", 0))
+        model = models.build("tiny").to("cuda")
+        optimizer = utils.make_optimizer(model, "sgd", 0.1, 0)
+        utils.share_training(model, optimizer, train_pgdat.parse_args([]), 51_200)
+        kinds = {type(m) for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
+        assert kinds == {torch.nn.SyncBatchNorm}
+        with pytest.raises(utils.InputError, match="--compile on a GPU takes one process"):
+            utils.share_training(model, optimizer, train_pgdat.parse_args(["--compile"]), 51_200)
 
 
-def interrupted(t, args):
+def interrupted(t, *setting):
     """A schedule, but in the second epoch somebody presses Ctrl-C."""
     if t >= 1:
         raise KeyboardInterrupt
-    return utils.schedule(t, args)
+    return utils.lr_at(t, *setting)
 
 
 MACHINES = pytest.mark.parametrize("machine", ["pretended", pytest.param("real", marks=needs_gpu)])
@@ -80,7 +82,7 @@ def test_training_going_on_and_evaluation(script, small_npz, tmp_path, monkeypat
     run, argv = tmp_path / "run", (*TINY, "--dataset", small_npz, "--steps", 1, "--device", device, *flags)
     with on_a(machine):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "schedule", interrupted)
+            patch.setattr(module, "lr_at", interrupted)
             assert script(module, *argv, "--epochs", 2, "--out", run)[0] == 130
         trained = script(module, *argv, "--epochs", 2, "--out", run, "--resume")
         evaluated = script(eval_aa, run, "--n", 2, "--attacks", "apgd-ce", "--device", device)
@@ -91,7 +93,7 @@ def test_training_going_on_and_evaluation(script, small_npz, tmp_path, monkeypat
         assert status == 0 and err == "", err
         assert f"device cuda:0: {name}, torch {torch.__version__}, {used}\n" in out
     assert record["args"]["precision"] == precision and record["device"] == result["device"] == name
-    assert "after epoch 1" in trained[1] and result["complete"]
+    assert "goes on after epoch 1" in trained[1] and result["complete"]
     assert len(log(run)) == 2 and all(0 < e["train_loss"] < 100 for e in log(run))
 
 
@@ -100,9 +102,10 @@ def test_training_going_on_and_evaluation(script, small_npz, tmp_path, monkeypat
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """A list of all Replayed that are made."""
-    made, init = [], utils.Replayed.__init__
-    monkeypatch.setattr(utils.Replayed, "__init__", lambda self, *a: made.append(self) or init(self, *a))
+    """A list of all CapturedAttack that are made."""
+    made, init = [], utils.CapturedAttack.__init__
+    monkeypatch.setattr(utils.CapturedAttack, "__init__",
+                        lambda self, *given: made.append(self) or init(self, *given))
     return made
 
 
@@ -115,7 +118,7 @@ def three_steps(module, argv, compiled, captured):
     if compiled:
         model.compile(dynamic=False)
     if captured:
-        attack = utils.Replayed(attack, model)
+        attack = utils.CapturedAttack(attack, model)
     images = []
     for step, size in enumerate((16, 16, 10)):
         x = torch.rand(size, 32, 32, 3, device=device, generator=utils.seeded(device, "x", step))
@@ -172,20 +175,22 @@ def test_graph_in_a_run_changes_no_bit(script, small_npz, tmp_path, graphs, modu
 def test_graph_is_used_or_a_line_says_why_not(train, graphs, machine, flags, note):
     with on_a(machine):
         status, out, err = train("--device", "cuda", "--compile", *flags, epochs=1)
-    assert status == 0 and ("note: there is no CUDA graph" in out) == note, err
+    assert status == 0 and ("note: no CUDA graph" in out) == note, err
     assert [replayed.replays for replayed in graphs] == ([] if note else [2])
 
 
 def test_graph_that_does_not_fit_and_batches_that_are_none(train, monkeypatch):
-    def full(function):
+    def full(stream):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    with pretended_gpu():
-        monkeypatch.setattr(utils, "cuda_graph", full)
-        status, _, err = train("--compile")
-        assert status == 2 and "train without --compile" in err and err.count("\n") == 1
-        status, _, err = train("--compile", "--batch-size", 97)
-        assert status == 2 and "--compile has no effect: 96 images make no whole batch of 97" in err
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.Mock)
+    monkeypatch.setattr(torch.cuda, "Stream", mock.Mock)
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock)
+    monkeypatch.setattr(torch.cuda, "stream", full)
+    with pytest.raises(utils.InputError, match="train without --compile"):
+        utils.capture(None)
+    status, _, err = train("--compile", "--batch-size", 97)
+    assert status == 2 and "--compile has no effect: 96 images make no whole batch of 97" in err
 
 
 # ---- Precision: what only a GPU can show, and as much of it as a CPU can ---------------------------------

@@ -4,7 +4,6 @@ And what --resume refuses.
 `python -m pytest -m slow tests/test_kills.py` kills sixty times more.
 """
 
-import json
 import os
 import random
 import re
@@ -20,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, log, same_run, spawn
 
+import eval_aa
 import train_pgdat
 import utils
 
@@ -50,15 +50,17 @@ def fork_each(argv, kills):
 
 
 def send_signal_at(where, function, number, name):
-    module = utils if function == "write_whole" else train_pgdat
+    module = train_pgdat if function == "train_step" else utils
     original, calls = getattr(module, function), []
 
     def wrapped(*args, **kwargs):
         calls.append(1)
         due = len(calls) == number
         if due and where == "half":  # of write_whole
-            path, data = args
-            Path(path).with_name(f".{Path(path).name}.tmp").write_bytes(bytes(data)[: len(data) // 2])
+            path, fill = args
+            with open(Path(path).with_name(f".{Path(path).name}.tmp"), "wb") as file:
+                fill(file)
+                file.truncate(file.tell() // 2)
         if due and where != "after":
             os.kill(os.getpid(), getattr(signal, name))
         result = original(*args, **kwargs)
@@ -124,15 +126,19 @@ def test_what_a_kill_after_the_last_checkpoint_left_out_is_made_up_for(train, tm
 
 
 def test_the_best_epoch_is_the_first_of_equals_among_those_tested():
-    entries = [{"acc": 1}, {"acc": None}, {"acc": 3, "epoch": 3}, {}, {"acc": 3, "epoch": 5}]
-    assert utils.best(entries, "acc") is entries[2] and utils.best(entries[1:2], "acc") is None
+    entries = [{"test_clean": v} for v in (1, None, 3, 2, 3)]
+    assert utils.best(entries) is entries[2] and utils.best([{}]) is None
+    by_pgd10 = {"test_clean": 1, "test_pgd10": 2}
+    assert utils.best([*entries, by_pgd10]) is by_pgd10
+    held_out = {"val_clean": 1, "val_pgd10": None, "test_clean": 0, "test_pgd10": None}
+    assert utils.best([*entries, by_pgd10, held_out]) is held_out
 
 
 # ---- What is refused ---------------------------------------------------------------------------------------
 
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
 
 
 def refused(train, folder, problem, *argv):
@@ -154,46 +160,53 @@ def test_what_is_not_this_run_is_refused_and_nothing_touched(train, small_npz, t
     refused(train, run, "--ls was 0, is 0.1; --wd was 0.0001, is 0.0002", "--resume", "--wd", "2e-4", "--ls",
             0.1)
     refused(train, run, "--n-train was None, is 90", "--resume", "--wd", "1e-4", "--n-train", 90)
-    refused(train, run, "with other data", "--resume", "--wd", "1e-4", "--dataset", others)
+    refused(train, run, "--data was", "--resume", "--wd", "1e-4", "--dataset", others)
     with mock.patch.object(train_pgdat, "__file__", "train_mart.py"):  # somebody's copy
-        refused(train, run, "the script was train_pgdat.py", "--resume", "--wd", "1e-4")
-    with utils.lock(run):
-        refused(train, run, f"another process is working in {run}", "--resume", "--wd", "1e-4")
+        refused(train, run, "--script was train_pgdat.py, is train_mart.py", "--resume", "--wd", "1e-4")
+    utils.lock(run)
+    refused(train, run, f"another process is working in {run}", "--resume", "--wd", "1e-4")
     status, out, err = train("--resume", "--wd", "1e-4", "--dataset", mine, "--test-batch-size", 7, epochs=1)
     assert status == 0 and "has finished" in out, err  # no setting
 
-    (run / "last.pt").rename(tmp_path / "last.pt")
-    before = contents(run)
-    for gone in ("", "best.pt"):  # a finished run whose checkpoints were deleted, or one out of results/
-        if gone:
-            (run / gone).unlink()
-        status, out, err = train("--resume", "--wd", "1e-4", epochs=1)
-        assert status == 0 and "has finished" in out, err
-        assert contents(run) == {k: v for k, v in before.items() if k != gone}
-    (run / "best.pt").write_bytes(before["best.pt"])
-    for log in (b"", before["log.jsonl"] * 2):
-        (run / "log.jsonl").write_bytes(log)
-        refused(train, run, "no last.pt any more and cannot go on", "--resume", "--wd", "1e-4")
-    (run / "args.json").unlink()
-    for argv in ((), ("--resume",)):
-        refused(train, run, "holds a checkpoint but no args.json", "--wd", "1e-4", *argv)
-    (run / "best.pt").rename(run / "last.pt")
-    refused(train, run, "holds a checkpoint but no args.json", "--wd", "1e-4")
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "log.jsonl"])
+def test_whatever_is_there_of_a_run_is_not_written_over(train, tmp_path, name):
+    run = tmp_path / "run"
+    assert train(epochs=1)[0] == 0
+    for path in run.iterdir():
+        if path.name != name:
+            path.unlink()
+    refused(train, run, "already holds a run: --resume to go on")
+    if name == "last.pt":  # which is the run
+        status, out, err = train("--resume", epochs=1)
+        assert status == 0 and "has finished" in out and len(log(run)) == 1, err
+    else:
+        refused(train, run, f"no such file: {run}/last.pt", "--resume")
+
+
+def test_a_checkpoint_of_older_code_is_refused_by_resume_and_evaluated(train, script, tmp_path):
+    run = tmp_path / "run"
+    assert train(epochs=1)[0] == 0
+    last = torch.load(run / "last.pt", weights_only=True)
+    last["others"] = {"optimizer": last.pop("optimizer")}
+    torch.save(last, run / "last.pt")
+    refused(train, run, "last.pt was written by older code", "--resume")
+    status, out, err = script(eval_aa, run, "--which", "last", "--attacks", "none")
+    assert status == 0, err
 
 
 def test_a_setting_that_an_older_run_does_not_know_has_its_default(train, tmp_path):
     assert train(epochs=1)[0] == 0
-    file = tmp_path / "run" / "args.json"
-    record = json.loads(file.read_text())
-    del record["args"]["ls"]
-    file.write_text(json.dumps(record))
+    file = tmp_path / "run" / "last.pt"
+    last = torch.load(file, weights_only=True)
+    del last["args"]["ls"]
+    torch.save(last, file)
     refused(train, tmp_path / "run", "--ls was 0, is 0.1", "--resume", "--ls", 0.1)
     status, _, err = train("--resume", epochs=1)
     assert status == 0, err
 
 
-@pytest.mark.parametrize("batch, problem", [(48, "the loss is not finite at step 1 of epoch 2"),
-                                            (96, "a weight is not finite at the end of epoch 2")])
+@pytest.mark.parametrize("batch, problem", [(48, "the loss is not finite"), (96, "a weight is not finite")])
 def test_a_run_that_diverges_ends_and_keeps_its_last_good_epoch(train, tmp_path, batch, problem):
     explodes = ("--batch-size", batch, "--lr-decay-epochs", 1, "--lr-decay-factor", 1e38, "--steps", 1)
     for argv in ((), ("--resume",)):

@@ -75,8 +75,8 @@ def test_state_survives_a_checkpoint(name, tmp_path):
         optimizer = utils.make_optimizer(model, name, LR, WD, MOMENTUM)
         for i, grads in enumerate(gradients):
             if interrupted and i == 2:
-                utils.save_checkpoint(tmp_path / "c.pt", {"state_dict": model.state_dict(),
-                                                           "optimizer": optimizer.state_dict()})
+                torch.save({"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()},
+                           tmp_path / "c.pt")
                 saved, model = utils.load_checkpoint(tmp_path / "c.pt"), Net()
                 model.load_state_dict(saved["state_dict"])
                 optimizer = utils.make_optimizer(model, name, LR, WD, MOMENTUM)

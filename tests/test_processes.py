@@ -10,7 +10,6 @@ import torch
 from conftest import ROOT, TINY, Affine, log, spawn
 
 import eval_aa
-import models
 import train_pgdat
 import train_trades
 import utils
@@ -21,37 +20,39 @@ import json, sys
 from pathlib import Path
 folder, npz = map(Path, sys.argv[1:])
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import torch, eval_aa, train_pgdat, utils
+import torch, eval_aa, train_pgdat, train_trades, utils
 from conftest import TINY
-from test_processes import QUICK, digest, evaluation, gradient
+from test_processes import QUICK, digest, gradient
 
-out, save, random_start = {{"seen": []}}, train_pgdat.save, train_pgdat.random_start
+out, save, seeded = {{}}, utils.save, utils.seeded
 
 def main():
     torch.distributed.init_process_group("gloo")
     torch.distributed.init_process_group = lambda *a, **options: None  # the scripts', three in one process
-    out["gradient"] = gradient()
-    out["evaluation"] = evaluation(npz)
-    for mode in ("train", "eval"):
-        sys.argv = ["train_pgdat.py", *map(str, TINY), "--dataset", str(npz), "--epochs", "1", "--steps", "2",
-                    "--bn-mode", mode, "--ema", "0.9", "--out", str(folder / mode)]
-        train_pgdat.main()
-    utils.barrier()
-    sys.argv = ["eval_aa.py", str(folder / "eval"), *QUICK]
+    out["gradient"] = gradient(utils.SHARD)
+    for script in (train_pgdat, train_trades):
+        sys.argv = [script.__name__, *map(str, TINY), "--dataset", str(npz), "--epochs", "1", "--steps", "2",
+                    "--ema", "0.9", "--out", str(folder / script.__name__)]
+        script.train_step, script.train_step_alone = watched(script), script.train_step
+        script.main()
+    utils.sum_over_processes(torch.zeros(1))
+    sys.argv = ["eval_aa.py", str(folder / "train_pgdat"), *QUICK]
     eval_aa.main()
-    (folder / f"{{utils.rank()}}.json").write_text(json.dumps(out))
+    (folder / f"{{utils.RANK}}.json").write_text(json.dumps(out))
 
-def watched_start(x, eps, noise):
-    start = random_start(x, eps, noise)
-    out["seen"] += [digest(x), noise.initial_seed()]
-    return start
+def watched(script):
+    def step(model, optimizer, attack, x, y, eps, epoch, rng, args):
+        out.setdefault("seen", []).extend([digest(x), rng.initial_seed()])
+        return script.train_step_alone(model, optimizer, attack, x, y, eps, epoch, rng, args)
+    return step
 
-def watched_save(path, state, log, about):
+def watched_save(args, state, log):
     figures = {{k: v for k, v in log[-1].items() if k != "seconds"}}
-    out[Path(path).name] = [digest(*state[m].state_dict().values()) for m in ("model", "average")] + [figures]
-    save(path, state, log, about)
+    out[Path(args.out).name] = [digest(*state[m].state_dict().values()) for m in ("model", "state_dict")]
+    out[Path(args.out).name].append(figures)
+    save(args, state, log)
 
-train_pgdat.random_start, train_pgdat.save = watched_start, watched_save
+utils.save = watched_save
 utils.run_script(main)
 """
 
@@ -64,14 +65,13 @@ original, calls = train_pgdat.train_step, []
 
 def train_step(*args):
     calls.append(1)
-    if len(calls) == 3 and utils.rank() == 1:
+    if len(calls) == 3 and utils.RANK == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return original(*args)
 
 train_pgdat.train_step = train_step
 utils.run_script(train_pgdat.main)
 """
-
 
 QUICK = ("--n", "20", "--attacks", "apgd-ce", "--batch-size", "6")  # batches of 6, 6, 6 and 2 images
 
@@ -80,26 +80,15 @@ def digest(*tensors):
     return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
 
 
-def gradient():
+def gradient(shard):
     """Of the mean loss over four images, of which each of two processes has two."""
     x = torch.rand(4, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     model = Affine()
     optimizer = torch.optim.SGD(model.parameters(), lr=1)
-    utils.average_gradients(optimizer)
-    torch.nn.functional.cross_entropy(model(x[utils.shard()]), torch.arange(4)[utils.shard()]).backward()
+    utils.share_training(model, optimizer, train_pgdat.parse_args(["--batch-size", "4"]), 4)
+    torch.nn.functional.cross_entropy(model(x[shard]), torch.arange(4)[shard]).backward()
     optimizer.step()
     return [p.grad.flatten().tolist() for p in model.parameters()]
-
-
-def evaluation(npz):
-    """Clean and under PGD-3, of 39 images in batches of 7, of a network with weights of its own."""
-    torch.manual_seed(3)
-    model, images = models.build("tiny"), utils.load_dataset(npz).test_images[:39]
-    model.linear.weight.data *= 1000  # so that some images can be moved over a boundary
-    labels = model.eval()(utils.to_float(images)).argmax(1)
-    labels[:3] += 1
-    attack = {"eps": 1 / 255, "alpha": 0.5 / 255, "steps": 3, "batch_size": 7}
-    return utils.evaluate(model, images, labels, **attack).tolist()
 
 
 def torchrun(*argv):
@@ -119,33 +108,29 @@ def both(tmp_path_factory, small_npz):
 
 def test_gradients_are_those_of_the_whole_batch(both):
     for one in both[1]:
-        for got, want in zip(one["gradient"], gradient(), strict=True):
+        for got, want in zip(one["gradient"], gradient(slice(None)), strict=True):
             assert got == pytest.approx(want, rel=1e-10, abs=1e-12)
 
 
 def test_images_and_noise_differ_and_weights_statistics_and_figures_do_not(both):
-    one, other = both[1]
-    assert len(set(one["seen"])) == 2 * 2 and not set(one["seen"]) & set(other["seen"])
-    for mode in ("train", "eval"):
-        assert one[mode] == other[mode]  # weights, statistics, both averaged, and the log's figures
-        assert one[mode][0] != one[mode][1]
-    assert one["train"][0] != one["eval"][0]
+    one, other = both[1]  # of two steps of two scripts, whose noise is seeded alike
+    assert len(set(one["seen"])) == 2 + 2 * 2 and not set(one["seen"]) & set(other["seen"])
+    for script in ("train_pgdat", "train_trades"):
+        assert one[script] == other[script]  # weights, statistics, both averaged, and the log's figures
+        assert one[script][0] != one[script][1]
 
 
-def test_evaluation_equals_that_of_one_process_image_by_image(both, small_npz, script):
-    folder, (one, other) = both
-    alone = evaluation(small_npz)
-    assert 0 < sum(alone[1]) < sum(alone[0]) == 36
-    assert one["evaluation"] == other["evaluation"] == alone
-    status, _, err = script(eval_aa, folder / "eval", *QUICK, "--out", folder / "alone.json")
+def test_evaluation_equals_that_of_one_process_image_by_image(both, script):
+    folder, _ = both
+    status, _, err = script(eval_aa, folder / "train_pgdat", *QUICK, "--out", folder / "alone.json")
     assert status == 0, err
-    with np.load(folder / "eval" / "result.npz") as two, np.load(folder / "alone.npz") as alone:
+    with np.load(folder / "train_pgdat" / "result.npz") as two, np.load(folder / "alone.npz") as alone:
         for name in ("clean", "pgd10", "apgd-ce", "done"):
             assert (two[name] == alone[name]).all()
         assert two["done"].all() and json.loads(str(two["result"]))["processes"] == 2
 
 
-def test_the_command_line_a_kill_and_one_process_to_go_on(train, small_npz, tmp_path):
+def test_a_kill_of_one_process_and_one_to_go_on(train, small_npz, tmp_path):
     (tmp_path / "train_pgdat.py").write_text(KILLED.format(root=str(ROOT)))
     run = tmp_path / "run"
     done = torchrun(tmp_path / "train_pgdat.py", *TINY, "--dataset", small_npz, "--epochs", 2, "--steps", 1,
@@ -153,7 +138,7 @@ def test_the_command_line_a_kill_and_one_process_to_go_on(train, small_npz, tmp_
     assert done.returncode != 0 and done.stdout.count("batch norm is not synchronised") == 1, done.stderr
     assert json.loads((run / "args.json").read_text())["processes"] == 2
     status, out, err = train("--steps", 1, "--resume")
-    assert status == 0 and f"going on with {run} after epoch 1" in out, err
+    assert status == 0 and f"{run} goes on after epoch 1" in out, err
     assert [e["epoch"] for e in log(run)] == [1, 2]
 
 
@@ -165,19 +150,16 @@ def test_the_command_line_a_kill_and_one_process_to_go_on(train, small_npz, tmp_
 ])
 def test_what_several_processes_cannot_do(script, small_npz, tmp_path, monkeypatch, module, n, flags,
                                           problem):
-    monkeypatch.setattr(utils, "world", lambda: n)
+    monkeypatch.setattr(utils, "WORLD", n)
     monkeypatch.setattr(utils.dist, "init_process_group", lambda *a, **options: None)
     out = tmp_path / "run"
     status, _, err = script(module, "--model", "tiny", "--dataset", small_npz, *flags, "--out", out)
     assert status == 2 and problem in err and len(err.splitlines()) == 1 and not out.exists()
 
 
-def test_a_clusters_RANK_without_torchrun_is_nothing(train, tmp_path, monkeypatch):
-    """Errors are printed, files written."""
-    for name, value in (("RANK", "3"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "3")):
-        monkeypatch.setenv(name, value)
-    for flag, value in (("--ls", "no"), ("--device", "tpu")):
-        status, _, err = train(flag, value)
-        assert status == 2 and err.startswith("train_pgdat.py: error: ") and flag in err
-    status, out, err = train("--steps", 1, epochs=1)
-    assert status == 0 and "best of 1 epochs" in out and len(log(tmp_path / "run")) == 1, err
+def test_a_clusters_RANK_without_torchrun_is_nothing(small_npz, tmp_path):
+    """A run prints and writes."""
+    done = spawn(sys.executable, "train_pgdat.py", *TINY, "--dataset", small_npz, "--steps", 1, "--epochs", 1,
+                 "--out", tmp_path / "run", RANK="3", WORLD_SIZE="8", LOCAL_RANK="3")
+    assert done.returncode == 0 and "the best epoch is 1" in done.stdout, done.stderr
+    assert len(log(tmp_path / "run")) == 1
