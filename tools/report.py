@@ -3,7 +3,7 @@
     python -m tools.report                  which runs are done, running, partly evaluated, missing; hours
     python -m tools.report t4               a table (t2 ... t9, t12, t13, s1, x): ours (paper, difference)
     python -m tools.report t4 --laptop      what the tricks change at laptop scale, beside what the paper's do
-    python -m tools.report f1               learning curves of a figure's rows (f1 to f4): figures/f1.png, .pdf
+    python -m tools.report f1               learning curves of a figure's rows (f1 to f4): figures/f1.png
     python -m tools.report curves RUN...    learning curves of runs' folders: figures/curves.png
     python -m tools.report effects          the paper's effects against ours: results/effects.png and a table
     python -m tools.report measured         the table in results/README.md of what is in there
