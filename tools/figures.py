@@ -1,22 +1,15 @@
-"""The drawings of report.py, from its rows and logs. The paper's figures are hollow, ours filled."""
+"""The drawings of report.py, from its rows and logs."""
 
 import math
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from models.__main__ import TABLE_11
 from utils import best
 
 METRICS = {"clean": "Clean", "pgd10": "PGD-10", "aa": "AA"}
-NAMES = {"preactresnet-18": "ResNet-18", "preactresnet-50": "ResNet-50", "senet-18": "SENet-18",
-         "densenet-121": "DenseNet-121", "densenet-201": "DenseNet-201", "googlenet": "GoogLeNet",
-         "dpn-26": "DPN-26", "dpn-92": "DPN-92", "resnext-29": "ResNeXt-29", "regnetx-200mf": "RegNetX-200MF",
-         "regnetx-400mf": "RegNetX-400MF", "wrn-34-10": "WRN-34-10", "wrn-34-20": "WRN-34-20"}
 # Okabe and Ito's colours, with grey for their yellow: colour-blind readers tell them apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
-HOLLOW = {"linestyle": "", "markerfacecolor": "none", "markersize": 9}
-LINES = {"clean": "--", "pgd10": "-"}
 
 
 def subplots(columns, width, height=3.2, rows=1, **shared):
@@ -30,28 +23,29 @@ def subplots(columns, width, height=3.2, rows=1, **shared):
 def place_names(ax, points):
     """Write names beside their points, each at the nearest place where it covers no point and no other name.
 
-    points: [(x, y, name, radius of its marker in points, colour)]. A thin line of that colour joins the two.
+    points: [(x, y, name, colour)], markers of 3 points' radius. A line of that colour joins name and point.
     """
     points = sorted(points, key=lambda point: -len(point[2]))  # a short name finds a place anywhere
     ax.figure.draw_without_rendering()  # places the axes
-    scale, frame = ax.figure.dpi / 72, ax.get_window_extent()
-    at = ax.transData.transform([(x, y) for x, y, *_ in points])
-    taken = [(u - r, v - r, u + r, v + r) for (u, v), r in zip(at, (scale * p[3] for p in points))]
-    for (x, y, name, radius, colour), (u, v) in zip(points, at):
-        line = {"arrowstyle": "-", "linewidth": 0.6, "color": colour, "shrinkB": radius}
+    pixels, frame = ax.figure.dpi / 72, ax.get_window_extent()  # pixels of a point of print
+    r = 3 * pixels
+    at = ax.transData.transform([point[:2] for point in points])
+    taken = [(u - r, v - r, u + r, v + r) for u, v in at]  # left, bottom, right, top, in pixels
+    for (x, y, name, colour), (u, v) in zip(points, at):
+        line = {"arrowstyle": "-", "linewidth": 0.6, "color": colour, "shrinkB": 3}
         text = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=6.5, ha="center",
                            va="center", arrowprops=line)
         text.set_in_layout(False)
         box = text.get_window_extent()
-        w, h = box.width / 2 + scale, box.height / 2
+        w, h = box.width / 2 + pixels, box.height / 2
         for i in range(24, 24 * 40):  # ring after ring, 3 points apart, of 24 places each
-            angle, ring = 2 * math.pi * i / 24, scale * (3 * (i // 24) + radius)
+            angle, ring = 2 * math.pi * i / 24, r * (1 + i // 24)
             dx, dy = (w + ring) * math.sin(angle), (h + ring) * math.cos(angle)
             left, bottom, right, top = mine = u + dx - w, v + dy - h, u + dx + w, v + dy + h
             inside = frame.x0 < left and right < frame.x1 and frame.y0 < bottom and top < frame.y1
             if inside and not any(left < c and a < right and bottom < d and b < top for a, b, c, d in taken):
                 break
-        text.set_position((dx / scale, dy / scale))
+        text.set_position((dx / pixels, dy / pixels))
         text.arrow_patch.set_visible(i >= 3 * 24)  # which a name that touches its point does not need
         taken.append(mine)
 
@@ -74,7 +68,7 @@ def plot(ax, entries, key, line, **style):
 
 
 def draw_runs(runs):
-    """A panel a run: test (thick) and training accuracy (thin). runs: [(name, log, epochs of the decays)]."""
+    """A panel a run: test (thick) and training accuracy (thin). runs: [(name, log, epochs of its decays)]."""
     columns = min(2, len(runs))
     rows = -(-len(runs) // columns)
     fig, axes = subplots(columns, 4.5 * columns + 0.5, 2.8 * rows + 0.7, rows, sharey=True)
@@ -93,80 +87,41 @@ def draw_runs(runs):
         ax.set(title=title + about, xlabel="epoch", ylabel="accuracy (%)", xlim=(0, 1.02 * len(log)))
     for ax in axes.flat[len(runs):]:
         ax.remove()
-    for style, label in (("k*", "best epoch"), ("k:", "the learning rate decays")):
-        axes[0, 0].plot([], [], style, label=label)
+    axes[0, 0].plot([], [], "k*", label="best epoch")
+    if any(decays for _, _, decays in runs):
+        axes[0, 0].plot([], [], "k:", label="the learning rate decays")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
 
-# ---- Figures 1 to 4 ----------------------------------------------------------------------------------------
+def draw_figure(rows):
+    """Clean and PGD-10 accuracy by epoch, a panel each. Of a row's seeds those after the first are faint.
 
-# rows: [(report.Row, [a seed's log], the seeds' mean {metric: figure})]
-
-
-def draw_curves(ax, rows):
-    """Clean and PGD-10 accuracy by epoch; seeds after the first are faint. The paper's are of its best epoch,
-    and stand at the end."""
-    for (row, logs, _), colour in zip(rows, COLOURS):
-        ax.plot([], [], color=colour, linewidth=4, label=row.id if logs else f"{row.id} (not run)")
-        for metric, line in LINES.items():
+    rows: [(report.Row, [a seed's log])]. The paper's figures are of its best epoch, and stand at the end.
+    """
+    fig, axes = subplots(2, 9, 4.4)
+    # Figure 1 has 14 rows: from the ninth on the lines are dashed and the paper's figures square.
+    looks = [(colour, line, marker) for line, marker in (("-", "o"), ("--", "s")) for colour in COLOURS]
+    for (row, logs), (colour, line, marker) in zip(rows, looks):
+        hollow = {"color": colour, "marker": marker, "markerfacecolor": "none"}
+        for ax, metric in zip(axes[0], ("clean", "pgd10")):
             for i, log in enumerate(logs):
                 entry, split = chosen(log)
                 plot(ax, log, f"{split}_{metric}", line, color=colour, alpha=0.3 if i else 1)
-                plot(ax, entry, f"{split}_{metric}", "*", markersize=9, color=colour)
+                plot(ax, entry, f"{split}_{metric}", "*", color=colour, markersize=9)
             if row.paper[metric] is not None:
-                ax.plot(row.setting["epochs"], row.paper[metric], "o", color=colour, markerfacecolor="none")
-    styles = {"k--": "clean", "k-": "PGD-10", "k*": "best epoch", "ko": "the paper's best"}
-    for style, label in styles.items():
-        ax.plot([], [], style, label=label, markerfacecolor="none" if style == "ko" else None)
-    ax.set(xlabel="epoch", ylabel="accuracy (%)")
-    ax.set_xlim(left=0)
-    ax.legend(ncols=2)
-
-
-def draw_weight_decay(ax, rows):
-    """Accuracy by weight decay, a colour for each network."""
-    for model, colour in zip(("preactresnet-18", "wrn-34-10"), COLOURS):
-        mine = [(row, ours) for row, _, ours in rows if row.setting["model"] == model]
-        points = [(row.setting["wd"], ours, row.paper) for row, ours in mine]
-        for metric, line in LINES.items():
-            filled = {"linestyle": line, "label": f"{NAMES[model]}, {METRICS[metric]}"}
-            for column, style in ((1, filled), (2, HOLLOW)):
-                known = [(p[0], p[column][metric]) for p in points if p[column].get(metric) is not None]
-                ax.plot([x for x, _ in known], [y for _, y in known], marker="o", color=colour, **style)
-    ax.set(xscale="log", xlabel="weight decay (hollow: the paper's)", ylabel="accuracy (%)")
-    ticks = sorted({row.setting["wd"] for row, *_ in rows})
-    ax.set_xticks(ticks, [f"{t:.0e}".replace("e-0", "e-") for t in ticks])
-    ax.set_xticks([], minor=True)
-    ax.legend()
-
-
-def draw_architectures(ax, rows):
-    """Clean against PGD-10 accuracy, a circle's area by the size of the checkpoint. A name is written once,
-    at ours if there is one."""
-    names = []
-    for (row, _, ours), colour in zip(rows, 2 * COLOURS):
-        size = TABLE_11[row.setting["model"]]
-        faces = [(f, face) for f, face in ((row.paper, "none"), (ours, colour)) if f.get("clean") is not None]
-        for figures, face in faces:
-            at = figures["clean"], figures["pgd10"]
-            ax.scatter(*at, 2 * size, edgecolors=colour, facecolors=face, alpha=0.8)
-        if faces:
-            names.append((*at, NAMES[row.setting["model"]], (size / 2) ** 0.5, colour))
-    ax.margins(0.15)
-    ax.set(xlabel="clean accuracy (%); hollow: the paper's", ylabel="PGD-10 accuracy (%)")
-    place_names(ax, names)
-
-
-def draw_figure(name, rows):
-    """Figure 1 to 4 of the paper ("f1" ...)."""
-    fig, axes = subplots(1 + (name == "f1"), 9 if name == "f1" else 5, 4 if name == "f2" else 3.2)
-    if name == "f1":
-        draw_weight_decay(axes[0, 0], [row for row in rows if row[0].table == "f1a"])
-    if name == "f2":
-        draw_architectures(axes[0, 0], rows)
-    else:
-        draw_curves(axes[0, -1], [row for row in rows if row[0].table != "f1a"])
+                ax.plot(row.setting["epochs"], row.paper[metric], **hollow)
+        name = row.id if logs else f"{row.id} (not run)"
+        look = {"color": colour} if row.paper["clean"] is None else hollow
+        axes[0, 0].plot([], [], line, label=name, **look)
+    epochs = max(row.setting["epochs"] for row, _ in rows)
+    for ax, name in zip(axes[0], ("clean", "PGD-10")):
+        ax.set(xlabel="epoch", ylabel=f"{name} accuracy (%)", xlim=(0, 1.05 * epochs))
+    if any(logs for _, logs in rows):
+        axes[0, 0].plot([], [], "k*", label="best epoch")
+    if any(row.paper["clean"] is not None for row, _ in rows):
+        axes[0, 0].plot([], [], "ko", label="hollow: the paper's best epoch", markerfacecolor="none")
+    fig.legend(loc="outside lower center", ncols=3)
     return fig
 
 
@@ -194,7 +149,7 @@ def draw_effects(panels):
             axis.set_major_locator(FixedLocator([-16, -8, -4, -2, -1, -0.5, 0, 0.5, 1, 2, 4, 8, 16]))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_locator(NullLocator())
-        place_names(ax, [(x, y, name, 3, look[table]["color"]) for name, table, x, y, _ in points])
+        place_names(ax, [(x, y, name, look[table]["color"]) for name, table, x, y, _ in points])
     for table, style in look.items():
         axes[0, 0].plot([], [], linestyle="", label=f"Table {table[1:]}", **style)
     fig.legend(loc="outside lower center", ncols=len(look))

@@ -3,7 +3,7 @@
     python -m tools.report                  which runs are done, running, partly evaluated, missing; hours
     python -m tools.report t4               a table (t2 ... t9, t12, t13, s1, x): ours (paper, difference)
     python -m tools.report t4 --laptop      what the tricks change at laptop scale, beside what the paper's do
-    python -m tools.report f1               a figure (f1 ... f4): figures/f1.png and .pdf
+    python -m tools.report f1               learning curves of a figure's rows (f1 to f4): figures/f1.png
     python -m tools.report curves RUN...    learning curves of runs' folders: figures/curves.png
     python -m tools.report effects          the paper's effects against ours: results/effects.png and a table
     python -m tools.report measured         the table in results/README.md of what is in there
@@ -28,12 +28,16 @@ from typing import NamedTuple
 import numpy as np
 
 import eval_aa
-from tools.figures import METRICS, NAMES, draw_effects, draw_figure, draw_runs
+from tools.figures import METRICS, draw_effects, draw_figure, draw_runs
 from utils import HERE, InputError, Parser, differences, run_script
 
 # The rows without a trick, which the others of their script are compared with.
 BASES = {"train_pgdat.py": "t2-base", "train_trades.py": "t12-r18-wd5e-4-relu-bneval"}
 LAPTOP = {"clean": "clean", "pgd10": "pgd10", "apgd": "aa"}  # measured there: the paper's figure beside it
+NAMES = {"preactresnet-18": "ResNet-18", "preactresnet-50": "ResNet-50", "senet-18": "SENet-18",
+         "densenet-121": "DenseNet-121", "densenet-201": "DenseNet-201", "googlenet": "GoogLeNet",
+         "dpn-26": "DPN-26", "dpn-92": "DPN-92", "resnext-29": "ResNeXt-29", "regnetx-200mf": "RegNetX-200MF",
+         "regnetx-400mf": "RegNetX-400MF", "wrn-34-10": "WRN-34-10", "wrn-34-20": "WRN-34-20"}
 EFFECTS = ("t2", "t3", "t4", "t5", "t6", "t7", "t8", "t12")  # the tables that `effects` draws
 TESTING = ("eval_every", "eval_from")
 LIMITS = {"clean": 1.0, "pgd10": 1.0, "aa": 0.6}  # one seed's difference from the paper is bold beyond this
@@ -504,17 +508,18 @@ def show_curves(folders):
             raise InputError(f"{folder} holds no run")
         args = run.record["args"]
         decays = args["lr_decay_epochs"] if args["lr_schedule"] == "piecewise" else []
+        decays = [epoch for epoch in decays if epoch <= len(run.log)]
         runs.append((Path(folder).absolute().name, run.log, decays))
     return draw_runs(runs)
 
 
 def show_figure(name, rows):
-    """Figure 1 to 4 of the paper."""
-    shown = []
-    for row in (row for row in rows.values() if row.id.startswith(name)):
-        means = {m: statistics.mean(figures) for m in METRICS if (figures := row.values(m).values())}
-        shown.append((row, [run.log for run in row.runs.values()], means))
-    return draw_figure(name, shown)
+    """The learning curves of the rows of Figure 1 to 4 ("f1" ...). Of rows that are one run, the first."""
+    shown = {}
+    for row in rows.values():
+        if row.id.startswith(name):
+            shown.setdefault(row.run, (row, [run.log for run in row.runs.values()]))
+    return draw_figure(list(shown.values()))
 
 
 def save(fig, *paths):
