@@ -271,34 +271,15 @@ match() {
     done
 }
 
-# scale_down: puts the rows at laptop scale. Of those that differ in their network alone the first is run, and the others
-# become `= first`; so flags that restate a default of their script must not count.
+# scale_down: puts the rows at laptop scale. What it appends wins: of a flag that stands twice the last one counts.
 scale_down() {
-    local i k key default bn_mode which attacks keys=()
+    local i attacks
     for i in "${!ids[@]}"; do
         [[ ${ids[i]} == $all ]] || unset "ids[i]"
-        [[ ${commands[i]} == "= "* ]] || continue
-        match "${commands[i]#= }"
-        k=${found[*]}
-        commands[i]=${commands[k]} evaluations[i]=${evaluations[k]}
-    done
-    for i in "${!ids[@]}"; do
-        [[ ${evaluations[i]} == *"--which last"* ]] && which=" --which last" || which=""
-        [[ ${ids[i]} == t@(2|4|7|12)-* ]] && attacks="apgd-ce,apgd-t --stop-after 1000" || attacks=none
-        key="${commands[i]/ --model +([! ])/} "
-        case $key in train_pgdat.py*) bn_mode=train ;; train_trades.py*) bn_mode=eval ;; *) bn_mode="?" ;; esac
-        for default in "wd 5e-4" "epochs 110" "lr-decay-epochs 100 105" "eps 8/255" "alpha 2/255" "bn-mode $bn_mode"; do
-            key=${key/ --$default / }
-        done
-        keys[i]=$key$which
-        for k in "${!keys[@]}"; do [ "${keys[k]}" != "${keys[i]}" ] || break; done
-        if [ "$k" = "$i" ]; then
-            commands[i]+=" --model tiny --n-train 2500 --time-scale 0.4 --eval-every 11"
-            evaluations[i]="$which --attacks $attacks"
-        else
-            commands[i]="= ${ids[k]}" evaluations[i]=""
-            unset "keys[i]"
-        fi
+        [[ ${commands[i]} != "= "* ]] || continue
+        [[ ${ids[i]-} == t@(2|4|7|12)-* ]] && attacks="apgd-ce,apgd-t --stop-after 1000" || attacks=none
+        commands[i]+=" --model tiny --n-train 2500 --time-scale 0.4 --eval-every 11"
+        evaluations[i]+=" --attacks $attacks"
     done
 }
 
