@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
 # The manifest: a line a row of the paper, with its figures and its exact command. It is shell, and it is executed.
 #
-#   ./run_all.sh list [PATTERN...]    id | clean/PGD-10/AA of the paper | command, of the rows that match: list 't2-*'
-#   ./run_all.sh print ROW...         the commands that `run` executes, to be pasted into a shell
-#   ./run_all.sh run ROW...           train and evaluate in runs/ROW, one after the other; again: goes on where it was
-#   ./run_all.sh ids [PATTERN...]     the distinct runs that the rows need, one a line; without a pattern: those of `all`
+#   ./run_all.sh list [ROW...]    id | clean/PGD-10/AA of the paper | command
+#   ./run_all.sh print ROW...     the commands that `run` executes, to be pasted into a shell
+#   ./run_all.sh run ROW...       train and evaluate in runs/ROW, one after the other; again: goes on where it was
+#   ./run_all.sh ids [ROW...]     the distinct runs that the rows need, one a line; without ROW: those of `all`
 #
-# ROW is an id; ID@S, with seed S, in runs/ID@S; a quoted pattern, 't2-*' or 't2-*@1': the distinct runs that the matching
-# rows need; or `all`: those of all rows but the quickstarts, x-laptop-... and the released checkpoints. A row `= other` is
-# the same run as the other. A row that fails is named at the end; the others are run all the same.
+# ROW is an id; a table, t2; a quoted pattern, 't2-warmup-*'; or `all`: all rows but the quickstarts, x-laptop-... and the
+# released checkpoints. ROW@S is with seed S, in runs/ID@S. A row `= other` is the same run as the other, and is
+# run once. A run that fails is named at the end; the others are run all the same.
 #
 # Flags behind the rows go to the training script, --device to the evaluation too: run t2-base --precision bf16 --compile.
 # With --dry-run it prints its setting, and nothing is trained or evaluated. --laptop, with any action and anywhere, is the
 # rows at laptop scale (a tiny network, 2,500 images, 44 epochs), in runs/laptop/ROW. Those that differ in their network
-# alone are one run there.
+# alone are the same run there, each in its own folder: tools/report.py counts it once, and to run one of them is enough.
 #
 # PYTHON is what runs the scripts: an interpreter, or PYTHON="torchrun --nproc_per_node=8 --" for all of a machine's GPUs
 # on one row; every batch has to split evenly then, an epoch's last one too, and --early-stop-pgd takes one process.
 # All distinct runs of Table 2, one a GPU of a machine with eight:
-#   ./run_all.sh ids 't2-*' | xargs -P 8 -n 1 --process-slot-var=CUDA_VISIBLE_DEVICES ./run_all.sh run
+#   ./run_all.sh ids t2 | xargs -P 8 -n 1 --process-slot-var=CUDA_VISIBLE_DEVICES ./run_all.sh run
 
 set -euo pipefail
 shopt -s extglob
@@ -28,6 +28,7 @@ cd "${self%/*}"
 # row ID FIGURES COMMAND...: trained by train_...py with these flags, and evaluated by eval_aa.py, with the flags in
 # `evaluate` if there are any; a COMMAND of eval_aa.py only evaluates a released checkpoint.
 # same ID FIGURES OTHER: the same run as the row OTHER.
+ids=() figures=() commands=() evaluations=() evaluate=""  # not the environment's
 row() { ids+=("$1") figures+=("$2") commands+=("${*:3}") evaluations+=("${evaluate:+ $evaluate}"); }
 same() { row "$1" "$2" "= $3"; }
 
@@ -145,12 +146,11 @@ row t9-eps8-wrn20-wd5e-4-relu-bntrain        85.87/57.40/54.22 train_trades.py -
 row t9-eps8-wrn20-wd5e-4-relu-bneval         86.43/57.91/54.39 train_trades.py --model wrn-34-20 --wd 5e-4 --bn-mode eval --eps 8/255 --alpha 2/255
 row t9-eps8-wrn20-wd5e-4-softplus-bneval     85.51/57.50/54.21 train_trades.py --model wrn-34-20 --wd 5e-4 --activation softplus --bn-mode eval --eps 8/255 --alpha 2/255
 # Table 13: the models of Table 9 that the paper enters in AutoAttack's benchmark; the authors' released checkpoints of them
-# (linked from the README of github.com/P2333/Bag-of-Tricks-for-AT); and those of the quoted methods whose weights are public
-# in PyTorch and whose architecture is here. model_cifar_wrn.pt is linked from the README of github.com/yaodongyu/TRADES;
-# the other three have the names under which RobustBench (github.com/RobustBench/robustbench) stores them when it loads
-# them, in models/cifar10/Linf. All take plain images but Rice et al.'s, which normalises as PGD-AT does here. Not here:
-# Pang et al. 2020c (85.14/-/53.74: a network of its own, with normalised features and weights) and Qin et al. 2019
-# (86.28/-/52.84: a WRN-40-8, not released in PyTorch).
+# (linked from github.com/P2333/Bag-of-Tricks-for-AT); and those of the quoted methods that are public in PyTorch and whose
+# architecture is here: model_cifar_wrn.pt from github.com/yaodongyu/TRADES, the other three by the names under which
+# RobustBench (github.com/RobustBench/robustbench) stores them in models/cifar10/Linf. All take plain images but Rice et
+# al.'s, which normalises as PGD-AT does here. Not here: Pang et al. 2020c (85.14/-/53.74: a network of its own, with
+# normalised features and weights) and Qin et al. 2019 (86.28/-/52.84: a WRN-40-8, not released in PyTorch).
 same t13-eps8-wrn20              86.43/-/54.39 t9-eps8-wrn20-wd5e-4-relu-bneval
 same t13-eps8-wrn10              85.48/-/53.80 t9-eps8-wrn10-wd5e-4-relu-bneval
 same t13-eps0.031-wrn10          85.34/-/54.64 t9-eps0.031-wrn10-wd5e-4-relu-bneval
@@ -162,7 +162,6 @@ row  t13-rice2020-released       85.34/-/53.42 eval_aa.py checkpoints/Rice2020Ov
 row  t13-huang2020-released      83.48/-/53.34 eval_aa.py checkpoints/Huang2020Self.pt --model wrn-34-10 --no-normalize --eps 0.031
 row  t13-zhang2020-released      84.52/-/53.51 eval_aa.py checkpoints/Zhang2020Attacks.pt --model wrn-34-10 --no-normalize --eps 8/255
 # Figure 1a: weight decay. The paper names 1e-4, 2e-4 and 5e-4; the other values and the two architectures are assumptions.
-# Where a row of a figure is the same run as a table's, it has that row's figures.
 row  f1a-r18-wd5e-5   -/-/-             train_pgdat.py --wd 5e-5
 row  f1a-r18-wd1e-4   -/-/-             train_pgdat.py --wd 1e-4
 row  f1a-r18-wd2e-4   -/-/-             train_pgdat.py --wd 2e-4
@@ -203,15 +202,14 @@ evaluate="--attacks none" row f4-wd1e-4 -/-/- train_pgdat.py --model wrn-34-10 -
 evaluate="--attacks none" row f4-wd2e-4 -/-/- train_pgdat.py --model wrn-34-10 --attack none --wd 2e-4
 evaluate="--attacks none" row f4-wd5e-4 -/-/- train_pgdat.py --model wrn-34-10 --attack none --wd 5e-4
 # Table 1: PGD-AT, ResNet-18, under the schedules of 21 methods (not their losses). The table leaves open the BN mode (train
-# here, but for Zhang et al. 2019b: Sections 1 and 3.2), the attack, its steps, step size and eps (the default: 10 steps of
-# 2/255 at 8/255). Further assumptions: decay factor 0.1, SGD with momentum (Nesterov for Carmon et al., as Section 3.2
-# says), warm-ups of 15 epochs where no length is given, 40 / 70 as in Table 2 where the attack stops early. A method that
-# does not stop early (train) is judged by its last checkpoint. Where a method's own code says otherwise than this:
+# here, but for Zhang et al. 2019b: Sections 1 and 3.2) and the attack (the default). Further assumptions: decay factor 0.1,
+# SGD with momentum (Nesterov for Carmon et al.: Section 3.2), warm-ups of 15 epochs where no length is given, 40 / 70 as in
+# Table 2 where the attack stops early. A method that does not stop early (train) is judged by its last checkpoint.
+# Where a method's own code says otherwise than this:
 #   cai2018: the curriculum is over attack steps, not eps.         atzmon2019, pang2020a: Adam.       huang2020: no warm-up.
 #   wang2019: stops by the FOSC criterion, not misclassification.  wong2020: its warm-up is the rising half of the one-cycle.
-#   zhang2019b: 1 epoch at the lower rate in the paper's prose, 2 in the code.
-#   ding2020: decays to 0.09, 0.03, 0.009, which the row follows.
-#   zhang2020: last decay x 0.5, which the row follows; tolerance rises after epochs 50 and 90; attacks in eval mode.
+#   zhang2019b: 2 epochs at the lower rate (the paper's prose: 1). ding2020: decays to 0.09, 0.03, 0.009, as the row does.
+#   zhang2020: last decay x 0.5, as in the row; tolerance rises after epochs 50 and 90; attacks in eval mode.
 evaluate="--which last" row  s1-madry2018      -/-/- train_pgdat.py --epochs 200 --lr-decay-epochs 100 150 --wd 2e-4
 evaluate="--which last" row  s1-cai2018        -/-/- train_pgdat.py --epochs 300 --lr-decay-epochs 150 250 --batch-size 200 --wd 5e-4 --warmup-eps 15
                         row  s1-zhang2019b     -/-/- train_pgdat.py --bn-mode eval --epochs 76 --lr-decay-epochs 75 --wd 2e-4
@@ -236,16 +234,12 @@ evaluate="--which last" row  s1-xu2020         -/-/- train_pgdat.py --epochs 120
 # Ours: what do the clean passes that only log change? Beside each BN-mode row of ResNet-18, none of them.
 row x-r18-bntrain-clean0 -/-/- train_pgdat.py --bn-clean-passes 0
 row x-r18-bneval-clean0  -/-/- train_pgdat.py --bn-mode eval --bn-clean-passes 0
-# Ours: tricks since the paper, each on its default setting. Others' figures are of settings near these, not of these.
+# Ours: tricks since the paper, each on its default setting; `python -m tools.report x` has others' figures of similar ones.
 # Weight averaging: 0.9995 a step at batch 128 is the FastAT benchmark's (github.com/fzjcdt/FastAT_Benchmark,
 # configs/cifar10/pgd_at_wa.yaml); Gowal et al.'s 0.995 at batch 1024 forgets as fast per image (0.995^(1/8) = 0.9994).
-# Replicated by others: FastAT, ResNet-18, 100 epochs one-cycle, smoothing 0.4, last epoch: 85.35/48.35/44.33 without
-# averaging, 82.36/55.05/50.49 with it.
 row x-r18-ema -/-/- train_pgdat.py --ema 0.9995
-# Adversarial weight perturbation, with the sizes and starts of its authors' code (github.com/csdongxian/AWP), which counts
-# TRADES's epochs from 1, so that its perturbation starts one epoch before ours. It repeats the natural pass in TRADES's
-# loss; ours does not. Replicated by others, clean/-/AA: MTandHJ (PyTorch-Robust), post-activation ResNet-18, PGD-AT
-# 82.32/-/49.88, TRADES 82.75/-/51.86.
+# Adversarial weight perturbation, with the sizes and starts of its authors' code (github.com/csdongxian/AWP). For TRADES
+# theirs starts one epoch earlier, as it counts from 1, and repeats the natural pass in the loss.
 row x-r18-awp        -/-/- train_pgdat.py --awp 0.01
 row x-r18-ema-awp    -/-/- train_pgdat.py --ema 0.9995 --awp 0.01
 row x-trades-r18-awp -/-/- train_trades.py --awp 0.005 --awp-warmup 10
@@ -260,56 +254,38 @@ all='!(quickstart*|x-laptop-*|*-released)'
 
 die() { echo "run_all.sh: error: $*" >&2; exit 2; }
 
-# match PATTERN...: puts the numbers of the rows that match into `found`.
+# match ROW...: puts the numbers of the rows that match into `found`.
 match() {
-    local i pattern any
+    local i row pattern any
     found=()
-    for pattern in "$@"; do
-        any=""
+    for row in "$@"; do
+        any="" pattern=$row
+        [[ $row == *-* || " ${ids[*]} " == *" $row "* ]] || pattern="$row?(-*)"  # a table: all of its rows
+        [ "$row" != all ] || pattern=$all
         for i in "${!ids[@]}"; do [[ ${ids[i]} != $pattern ]] || found[i]=$i any=yes; done
-        [ -n "$any" ] || die "no row matches '$pattern'${laptop:+ at laptop scale}"
+        [ -n "$any" ] || die "no row matches '$row'${laptop:+ at laptop scale}"
     done
 }
 
-# scale_down: puts the rows at laptop scale. Of those that differ in their network alone the first is run, and the others
-# become `= first`; so flags that restate a default of their script must not count.
+# scale_down: puts the rows at laptop scale. Of a flag that stands twice in a command the last one counts.
 scale_down() {
-    local i k key default bn_mode which attacks keys=()
+    local i attacks
     for i in "${!ids[@]}"; do
-        [[ ${ids[i]} == $all ]] || unset "ids[i]"
-        [[ ${commands[i]} == "= "* ]] || continue
-        match "${commands[i]#= }"
-        k=${found[*]}
-        commands[i]=${commands[k]} evaluations[i]=${evaluations[k]}
-    done
-    for i in "${!ids[@]}"; do
-        [[ ${evaluations[i]} == *"--which last"* ]] && which=" --which last" || which=""
+        [[ ${ids[i]} == $all ]] || { unset "ids[i]"; continue; }
+        [[ ${commands[i]} != "= "* ]] || continue
         [[ ${ids[i]} == t@(2|4|7|12)-* ]] && attacks="apgd-ce,apgd-t --stop-after 1000" || attacks=none
-        key="${commands[i]/ --model +([! ])/} "
-        case $key in train_pgdat.py*) bn_mode=train ;; train_trades.py*) bn_mode=eval ;; *) bn_mode="?" ;; esac
-        for default in "wd 5e-4" "epochs 110" "lr-decay-epochs 100 105" "eps 8/255" "alpha 2/255" "bn-mode $bn_mode"; do
-            key=${key/ --$default / }
-        done
-        keys[i]=$key$which
-        for k in "${!keys[@]}"; do [ "${keys[k]}" != "${keys[i]}" ] || break; done
-        if [ "$k" = "$i" ]; then
-            commands[i]+=" --model tiny --n-train 2500 --time-scale 0.4 --eval-every 11"
-            evaluations[i]="$which --attacks $attacks"
-        else
-            commands[i]="= ${ids[k]}" evaluations[i]=""
-            unset "keys[i]"
-        fi
+        commands[i]+=" --model tiny --n-train 2500 --time-scale 0.4 --eval-every 11"
+        evaluations[i]+=" --attacks $attacks"
     done
 }
 
-# expand ROW...: puts the runs that ids, patterns and `all` stand for, with or without @SEED, into `runs`, each once.
+# expand ROW...: puts the runs that the rows need, ID or ID@SEED, into `runs`, each once.
 expand() {
-    local i id row pattern seed
+    local i id row seed
     for row in "$@"; do
         [[ $row =~ ^([^@]*)(@[0-9]+)?$ ]] || die "the seed of $row is not a number"
-        pattern=${BASH_REMATCH[1]} seed=${BASH_REMATCH[2]}
-        [ "$pattern" != all ] || pattern=$all
-        match "$pattern"
+        seed=${BASH_REMATCH[2]}
+        match "${BASH_REMATCH[1]}"
         for i in "${found[@]}"; do
             id=${ids[i]}
             [[ ${commands[i]} != "= "* ]] || id=${commands[i]#= }
@@ -321,9 +297,10 @@ expand() {
 
 # command_lines RUN: what `print` prints and `run` executes for ID or ID@SEED.
 command_lines() {
-    local i seed=${1#"${1%@*}"} out=runs/${laptop:+laptop/}$1 device=""
+    local i seed="" out=runs/${laptop:+laptop/}$1 device=""
     match "${1%@*}"
-    i=${found[*]} seed=${seed/@/ --seed }
+    i=${found[*]}
+    [[ $1 != *@* ]] || seed=" --seed ${1#*@}"
     if [[ ${commands[i]} == eval_aa.py* ]]; then
         echo "$python ${commands[i]}$seed --out $out/result.json"
     else

@@ -233,6 +233,29 @@ def test_effects_are_paired_by_seed_with_one_pooled_variance(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_rows_that_differ_in_their_network_alone_are_one_run_at_laptop_scale(monkeypatch):
+    """Flags that restate a default make no difference, the checkpoint that is judged does. The first row has
+    the name and the evaluation; a folder may have the name of any."""
+    monkeypatch.setattr(report, "listing", lambda *flags: """\
+t4-r18-ls0.1  | 82.69/54.04/48.76 | train_pgdat.py --ls 0.1 --model tiny ; eval_aa.py --attacks none
+z-last        | -/-/- | train_pgdat.py --ls 0.1 --model tiny ; eval_aa.py --which last --attacks none
+z-trades      | -/-/- | train_trades.py --model tiny ; eval_aa.py --attacks none
+t4-wrn10-ls0.1 | 85.96/56.88/52.74 | train_pgdat.py --wd 5e-4 --model wrn-34-10 --ls 0.1 --model tiny
+z-same        | -/-/- | = t4-wrn10-ls0.1
+z-train       | -/-/- | train_trades.py --model tiny --bn-mode train ; eval_aa.py --attacks none""")
+    laptop("t4-r18-ls0.1@1", 44.0, 28.0)
+    for seed in (0, 1):
+        laptop(f"t4-wrn10-ls0.1@{seed}", 46.0, 29.0)
+    rows = report.read_rows(laptop=True)
+    assert [row.run for row in rows.values()] == [
+        "t4-r18-ls0.1", "z-last", "z-trades", "t4-r18-ls0.1", "t4-r18-ls0.1", "z-train"]
+    for row in ("t4-r18-ls0.1", "t4-wrn10-ls0.1", "z-same"):
+        assert rows[row].values("pgd10") == {0: 29.0, 1: 28.0} and rows[row].evaluation.attacks == ()
+    assert rows["t4-wrn10-ls0.1"].paper["aa"] == 52.74 and rows["z-last"].runs == {}
+    assert report.show_status(rows).startswith("t4    1 done    0 running    0 partial    0 missing   done: ")
+    assert all(row.run == row.id for row in report.read_rows().values() if row.id != "z-same")
+
+
 def test_only_runs_of_one_precision_and_seeds_of_both_are_paired(capsys):
     laptop(f"{BASE}@0", 44.0, 28.0)
     laptop(f"{BASE}@1", 45.0, 28.0, precision="fp32")

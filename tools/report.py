@@ -130,21 +130,25 @@ def parse(command):
 
 
 def read_rows(laptop=False, roots=("runs", "results")):
-    """{id: Row}, as run_all.sh lists them. A row whose script or flags fail is left out with a warning."""
+    """{id: Row}, as run_all.sh lists them. A row whose script or flags fail is left out with a warning. At
+    laptop scale rows may differ in their network alone: they are one run then, the first one's."""
     lines = listing(*["--laptop"] * laptop).splitlines()
     fields = [[field.strip() for field in line.split("|")] for line in lines]
-    rows, built = {}, {}
+    rows, built, first = {}, {}, {}
     for row, _, command in fields:
         if not command.startswith("= "):
             said = io.StringIO()
             try:
                 with contextlib.redirect_stderr(said):
-                    built[row] = Row(row, {}, row, command, *parse(command), {})
+                    new = Row(row, {}, row, command, *parse(command), {})
             except (Exception, SystemExit) as e:  # somebody's own script, half-written
                 problem = said.getvalue().strip() or f"{type(e).__name__}: {e}"
                 warn(f"row {row} is left out: {problem.splitlines()[-1]}")
                 continue
-            built[row].runs.update(find_runs(built[row], [Path(r, "laptop" * laptop) for r in roots]))
+            identity = str((new.setting | {"out": None}, new.evaluation.which)) if laptop else row
+            built[row] = first.setdefault(identity, new)
+            for seed, run in find_runs(new, [Path(r, "laptop" * laptop) for r in roots]).items():
+                built[row].runs.setdefault(seed, run)  # a folder may have the name of any of them
     for row, paper, command in fields:
         run = command[2:] if command.startswith("= ") else row
         if run in built:
