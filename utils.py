@@ -465,7 +465,7 @@ def show_setting(args):
     if args.lr_schedule == "piecewise" and late:
         print(f"warning: the run ends, after {args.epochs} epochs, before the learning rate decays at {late}")
     if args.dry_run:
-        sys.exit()
+        sys.exit(0)
 
 
 def run_script(main):

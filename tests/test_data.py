@@ -70,12 +70,14 @@ def test_an_epoch_sees_every_image_once_with_draws_of_its_own():
 
 
 def test_hold_out_is_a_partition_that_no_seed_changes():
-    images, labels = torch.arange(50).view(50, 1, 1, 1), torch.arange(50)
-    (train_x, train_y), (val_x, val_y) = utils.hold_out(images, labels, 8)
-    assert len(val_y) == 8 and torch.cat([train_y, val_y]).sort().values.equal(labels)
+    labels = torch.arange(60)
+    data = utils.Dataset(labels.view(60, 1, 1, 1), labels, None, None, 60, "")
+    (train_x, train_y), (val_x, val_y) = utils.training_images(data, 50, 8)
+    assert len(val_y) == 8 and torch.cat([train_y, val_y]).sort().values.equal(labels[:50])
+    assert train_y.equal(train_y.sort().values) and not val_y.equal(val_y.sort().values)
     assert train_x.flatten().equal(train_y) and val_x.flatten().equal(val_y)
     torch.manual_seed(99)
-    assert utils.hold_out(images, labels, 8)[1][1].equal(val_y)
+    assert utils.training_images(data, 50, 8)[1][1].equal(val_y)
 
 
 def test_embedded_data_set():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import eval_aa
 import models
 import models.__main__ as table
 import train_pgdat
@@ -232,10 +233,10 @@ class Small(models.Network):
 def test_an_epoch_compiles_all_that_later_ones_need(bn_mode, train, tmp_path, monkeypatch):
     """Whatever toggles between train and eval, frozen and not. The last, smaller batch runs uncompiled."""
     monkeypatch.setitem(models.MODELS, "tiny", Small)
-    graphs, seen, compile, save = [], [], torch.compile, train_pgdat.save
+    graphs, seen, compile, save = [], [], torch.compile, utils.save
     backend = lambda graph, inputs: graphs.append(graph) or graph.forward
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=backend, **options))
-    monkeypatch.setattr(train_pgdat, "save", lambda *a: seen.append(len(graphs)) or save(*a))
+    monkeypatch.setattr(utils, "save", lambda *a: seen.append(len(graphs)) or save(*a))
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):  # 8: torch's own
         status, _, err = train("--batch-size", 40, "--steps", 2, "--bn-mode", bn_mode, "--compile")
@@ -295,5 +296,5 @@ def test_a_released_wrn_checkpoint_loads(tmp_path):
     unused = {k.replace("block1", "sub_block1"): v for k, v in state.items() if ".block1." in k}
     torch.save({"state_dict": state | unused}, tmp_path / "released.pt")
     model = models.build("wrn-34-10")
-    model.load_state_dict(utils.load_checkpoint(tmp_path / "released.pt")["state_dict"])
+    model.load_state_dict(eval_aa.load_checkpoint(tmp_path / "released.pt")["state_dict"])
     assert len(unused) > 50 and torch.equal(model.fc.weight, state["module.fc.weight"])

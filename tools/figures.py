@@ -56,7 +56,7 @@ def place_names(ax, points):
 def chosen(log):
     """([the entry of the epoch that best.pt is from], or [], and the split it was chosen on)."""
     split = "val" if any("val_clean" in entry for entry in log) else "test"
-    entry = best(log, f"{split}_pgd10") or best(log, f"{split}_clean")
+    entry = best(log)
     return [entry] if entry else [], split
 
 
