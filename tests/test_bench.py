@@ -4,6 +4,8 @@ import argparse
 import json
 
 import pytest
+import torch
+from pretended_gpu import pretended_gpu
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
@@ -37,7 +39,7 @@ def test_a_planted_mistake_is_not_timed(script, monkeypatch, module, flags, mist
 
 
 def test_gpu_time_and_launches_a_step():
-    """In two steps the host sent six pieces of work, one of them a graph; the GPU worked on ten for 500 us."""
+    """In two steps the host sends work six times, once a graph; the GPU does ten things of 500 us."""
     host = ["cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cudaGraphLaunch",
             "cudaMemcpyAsync", "cudaMemsetAsync", "cudaDeviceSynchronize", "cudaStreamIsCapturing"]
     events = [(DeviceType.CPU, name, 7, False) for name in host]
@@ -46,6 +48,17 @@ def test_gpu_time_and_launches_a_step():
     events = [FunctionEvent(i, name, 0, 100, 100 + us, device_type=device, is_user_annotation=span)
               for i, (device, name, us, span) in enumerate(events)]
     assert bench.gpu_work(events, steps=2) == (2.5, 3)
+
+
+@pytest.mark.parametrize("module", [train_pgdat, train_trades])
+def test_compiled_setting_replays_a_graph_on_cuda(monkeypatch, module):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with pretended_gpu():
+        gpu = torch.device("cuda", 0)
+        setting = bench.Setting(module, module.parse_args(["--model", "tiny"]), gpu, "ours bf16 compiled")
+        x, y = torch.rand(4, 3, 32, 32, device=gpu), torch.randint(10, (4,), device=gpu)
+        setting.loss_after_three_steps(x, y)
+    assert setting.attack.replays == 4  # the loss after three steps is that of the fourth
 
 
 @pytest.mark.parametrize("instructions, load, flags, textbook, ours", [  # textbook, ours: forwards by image
