@@ -62,9 +62,10 @@ def test_row_of_two_steps(script, theirs, ours, part):
 
 
 @pytest.mark.parametrize("lr, images, expect, ok, verdict", [
-    (0, 0, "equal", True, "equal"), (1, 0, "equal", False, "DIFFERS"), (0, math.nan, "equal", False, "DIFFERS"),
-    (1, 0, "on purpose", True, "on purpose"), (1, 1, "on purpose", False, "DIFFERS"),
-    (1, 1, "planted", True, "planted, seen"), (0, 0, "planted", False, "NOT SEEN"),
+    (0, 0, "equal", True, "equal"), (0, 0, "planted", False, "NOT SEEN"),
+    (1, 0, "equal", False, "DIFFERS"), (1, 0, "on purpose", True, "on purpose"),
+    (1, 1, "planted", True, "planted, seen"), (1, 1, "on purpose", False, "DIFFERS"),
+    (0, math.nan, "equal", False, "DIFFERS"),
 ])
 def test_verdict(lr, images, expect, ok, verdict):
     """Where they have 0 and we have these numbers."""
