@@ -14,7 +14,8 @@ from conftest import attack_of
 import models
 import train_pgdat
 import utils
-from tests.reference import pgdat_step, statistics_by_hand
+from tests.reference import statistics_by_hand
+from tools.textbook import pgdat_step
 
 
 def setting(*argv):

@@ -4,6 +4,10 @@ import argparse
 import json
 
 import pytest
+import torch
+from pretended_gpu import pretended_gpu
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 import train_pgdat
 import train_trades
@@ -22,12 +26,39 @@ QUICK = "--model", "tiny", "--batch-size", 4, "--rounds", 1, "--device", "cpu"
     (train_trades, ["--trades", "--bn-mode", "train"], {"bn_mode": "eval"}),
 ])
 def test_a_planted_mistake_is_not_timed(script, monkeypatch, module, flags, mistake):
-    step = module.train_step
-    monkeypatch.setattr(module, "train_step", lambda *given: step(
-        *given[:-1], argparse.Namespace(**vars(given[-1]) | mistake)))
+    def mistaken(args):
+        return argparse.Namespace(**vars(args) | mistake)
+
+    step, attack = module.train_step, module.training_attack
+    monkeypatch.setattr(module, "train_step", lambda *given: step(*given[:-1], mistaken(given[-1])))
+    monkeypatch.setattr(module, "training_attack", lambda model, args, *given: attack(
+        model, mistaken(args), *given))
     status, out, _ = script(bench, *QUICK, *flags)
     assert "nothing is timed" in status  # Python prints it, and exits with status 1
     assert "loss after three steps" not in out
+
+
+def test_gpu_time_and_launches_a_step():
+    """In two steps the host sends work six times, once a graph; the GPU does ten things of 500 us."""
+    host = ["cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cudaGraphLaunch",
+            "cudaMemcpyAsync", "cudaMemsetAsync", "cudaDeviceSynchronize", "cudaStreamIsCapturing"]
+    events = [(DeviceType.CPU, name, 7, False) for name in host]
+    events += [(DeviceType.CUDA, name, 500, False) for name in [*["kernel"] * 8, "Memcpy DtoD", "Memset"]]
+    events += [(DeviceType.CUDA, "Optimizer.step", 9_000, True)]  # the span of kernels that are there already
+    events = [FunctionEvent(i, name, 0, 100, 100 + us, device_type=device, is_user_annotation=span)
+              for i, (device, name, us, span) in enumerate(events)]
+    assert bench.gpu_work(events, steps=2) == (2.5, 3)
+
+
+@pytest.mark.parametrize("module", [train_pgdat, train_trades])
+def test_compiled_setting_replays_a_graph_on_cuda(monkeypatch, module):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with pretended_gpu():
+        gpu = torch.device("cuda", 0)
+        setting = bench.Setting(module, module.parse_args(["--model", "tiny"]), gpu, "ours bf16 compiled")
+        x, y = torch.rand(4, 3, 32, 32, device=gpu), torch.randint(10, (4,), device=gpu)
+        setting.loss_after_three_steps(x, y)
+    assert setting.attack.replays == 4  # the loss after three steps is that of the fourth
 
 
 @pytest.mark.parametrize("instructions, load, flags, textbook, ours", [  # textbook, ours: forwards by image
@@ -59,4 +90,5 @@ def test_rows_and_figures(script, monkeypatch, tmp_path, instructions, load, fla
         assert row["ms_min"] == row["ms"] == row["ms_max"] == pytest.approx(1e3 * row["seconds"][0])
         assert row["images_per_second"] == pytest.approx(4e3 / row["ms"])
         assert row["ratio"] == pytest.approx(rows["textbook fp32"]["ms"] / row["ms"])
+        assert row["reserved_gb"] is row["gpu_ms"] is row["launches"] is None  # there is no GPU
         assert row["percent_of_mm"] == pytest.approx(100 * row["tflops"] / row["mm_tflops"])

@@ -11,7 +11,8 @@ from conftest import attack_of
 import models
 import train_trades
 import utils
-from tests.reference import statistics_by_hand, trades_step
+from tests.reference import statistics_by_hand
+from tools.textbook import trades_step
 
 
 def setting(*argv):

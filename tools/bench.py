@@ -3,18 +3,19 @@
     python -m tools.bench                                          PGD-AT, PreActResNet-18, batch 128
     python -m tools.bench --trades --batch-size 32 --json trades.json
 
-(a) textbook, fp32: the steps of tests/reference.py, contiguous. PGD-AT as the public code does it: every
+(a) textbook, fp32: the steps of tools/textbook.py, contiguous. PGD-AT as the public code does it: every
     attack step computes weight gradients too, the attack its final loss, and a clean pass an input gradient.
     TRADES: every attack step repeats the natural forward.
 (b) ours, fp32: the step of train_pgdat.py or train_trades.py, channels-last, with the same updates.
 (c) ours, bf16, on a CPU that has it. On CUDA the rows are: textbook fp32 and tf32; ours tf32, bf16, and bf16
-    compiled.
+    compiled, with the attack in a CUDA graph, as --compile trains.
 
 First (a) and (b) take three steps in float64 and must agree, or nothing is timed. Then every setting's loss
 after three steps is printed beside float64's: the attack's signs amplify rounding to about a per cent. Then
 the settings take turns on one fixed batch. TFLOP/s count what a setting executes; "% of mm" is their share of
-the rate of matrix products in the same precision and the same turns; GB is what the process reserves for a
-setting on the GPU. Nothing else should run. Cost: five minutes on two CPU cores.
+the rate of matrix products in the same precision and the same turns. On CUDA, GB is what torch reserves for a
+setting, its graph's memory included, "GPU ms" how long the GPU itself works on a step, and "launches" how
+often the host sends it work. Nothing else should run. Cost: five minutes on two CPU cores.
 """
 
 import os
@@ -26,23 +27,28 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import models
 import train_pgdat
 import train_trades
-from tests import reference
+from tools import textbook
 from utils import (InputError, Parser, compile_training, cpu_info, device_name, environment, make_optimizer,
                    number, pick_device, run_script, seeded, set_precision, write_json)
 
 TOLERANCE = 1e-9                      # between (a) and (b) in float64
 SQUARE = {"cpu": 2048, "cuda": 8192}  # rows of the matrices whose product is timed
+# What sends work to a GPU, by name: cudaLaunchKernelExC, cuLaunchKernel, cudaGraphLaunch, cudaMemcpyAsync ...
+LAUNCH = re.compile("cu(da)?(GraphLaunch|Launch|Memcpy|Memset)")
 LAYOUT = {"textbook": torch.contiguous_format, "ours": torch.channels_last}
 COLUMNS = {  # of the table: key, title, digits
     "ms": ("ms/step", 1), "ms_min": ("min", 1), "ms_max": ("max", 1), "images_per_second": ("images/s", 1),
     "ratio": ("x (a)", 2), "tflops": ("TFLOP/s", 3), "percent_of_mm": ("% of mm", 1),
-    "reserved_gb": ("GB", 2), "compile_seconds": ("compile s", 1),
+    "reserved_gb": ("GB", 2), "gpu_ms": ("GPU ms", 1), "launches": ("launches", 0),
+    "compile_seconds": ("compile s", 1),
 }
 
 
@@ -82,7 +88,7 @@ class Setting:
                            self.args)
             seconds, (loss, _, _) = timed(take, self.device)
         else:
-            take = reference.trades_step if self.script is train_trades else reference.pgdat_step
+            take = textbook.trades_step if self.script is train_trades else textbook.pgdat_step
             seconds, (_, loss) = timed(partial(take, *known, x, y, noise, self.args), self.device)
         self.seconds.append(seconds)
         return loss.item()
@@ -122,6 +128,14 @@ def flop_per_image(setting, x, y):
     with FlopCounter() as counter:
         setting.step(x[:2], y[:2], 0)
     return counter.flop / 2
+
+
+def gpu_work(events, steps):
+    """(ms that the GPU works, launches by the host) a step, from torch.profiler's events of some steps. A
+    CUDA graph is one launch, however many kernels it runs."""
+    on_gpu = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    launches = [e for e in events if e.device_type == DeviceType.CPU and LAUNCH.match(e.name)]
+    return sum(e.time_range.elapsed_us() for e in on_gpu) / 1e3 / steps, len(launches) / steps
 
 
 def product_rate(precision, device):
@@ -208,12 +222,11 @@ def main():
     settings = []
     for name in names:
         if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.empty_cache()  # what stays reserved holds the settings so far
             before = torch.cuda.memory_reserved()
         s = make(name)
         s.loss = s.loss_after_three_steps(images[s.who][few], y[few])
-        s.reserved_gb = (torch.cuda.max_memory_reserved() - before) / 1e9 if cuda else None
+        s.reserved_gb = (torch.cuda.memory_reserved() - before) / 1e9 if cuda else None
         print(f"  {name:18} {s.loss:.5f}, in float64 {exact[s.who]:.5f}", flush=True)
         settings.append(s)
 
@@ -225,7 +238,12 @@ def main():
         rates = {precision: max(rate, product_rate(precision, device)) for precision, rate in rates.items()}
     baseline, rows = median(settings[0].seconds[-rounds:]), []
     for s in settings:
-        seconds = s.seconds[-rounds:]
+        seconds, gpu_ms, launches = s.seconds[-rounds:], None, None
+        if cuda:  # after all timing: a profiler slows the host down
+            with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+                for i in range(2):
+                    s.step(images[s.who], y, i)
+            gpu_ms, launches = gpu_work(profiled.events(), 2)
         typical, rate = median(seconds), rates[s.precision]
         executed = flop[s.who] * n / typical
         rows.append({
@@ -233,7 +251,7 @@ def main():
             "ms": 1e3 * typical, "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds),
             "images_per_second": n / typical, "ratio": baseline / typical, "tflops": executed / 1e12,
             "mm_tflops": rate / 1e12, "percent_of_mm": 100 * executed / rate, "reserved_gb": s.reserved_gb,
-            "compile_seconds": s.seconds[0] if s.compiled else None})
+            "gpu_ms": gpu_ms, "launches": launches, "compile_seconds": s.seconds[0] if s.compiled else None})
     show(rows)
     after = os.getloadavg()[0]
     print(f"load average {load:.2f} before, {after:.2f} after")
