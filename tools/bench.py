@@ -75,7 +75,7 @@ class Setting:
             self.model.register_forward_pre_hook(lambda model, inputs: inputs[0].double())
         self.attack = partial(script.training_attack, self.model, args)
         if self.compiled:
-            self.attack = compile_training(self.model, self.attack, args, device)
+            self.attack = compile_training(self.model, self.attack, args, args.batch_size)
         self.optimizer = make_optimizer(self.model, "sgd", args.lr, args.wd, args.momentum)
 
     def step(self, x, y, i):

@@ -36,7 +36,7 @@ from torch.optim import optimizer as optim
 import models
 import train_pgdat
 import train_trades
-from utils import InputError, Parser, environment, make_optimizer, run_script, schedule, write_json
+from utils import InputError, Parser, environment, lr_at, make_optimizer, run_script, warmup, write_json
 
 TOLERANCE = 1e-9
 STEPS = 3
@@ -238,7 +238,10 @@ def our_steps(script, setting, state, batches, theirs):
         return images[-1]
 
     for i, (x, y) in enumerate(batches):
-        lr[i], eps[i] = map(torch.tensor, schedule(setting.epoch + i / len(batches), args))
+        t = setting.epoch + i / len(batches)
+        rate = lr_at(t, args.lr, args.lr_schedule, args.epochs, args.lr_decay_epochs, args.lr_decay_factor)
+        lr[i] = torch.tensor(warmup(t, args.warmup_lr) * rate)
+        eps[i] = torch.tensor(warmup(t, args.warmup_eps) * args.eps)
         for group in optimizer.param_groups:
             group["lr"] = theirs["lr"].get(i, lr[i]).item()
         radius, rng = theirs["eps"].get(i, eps[i]).item(), torch.Generator().manual_seed(NOISE + i)
