@@ -397,8 +397,9 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, args, condition, *flags):
         """End with status 2 if one of the flags was set although it has no effect under this condition."""
-        for flag in set(flags) & set(self.changed(args)):
-            self.error(f"--{flag.replace('_', '-')} has no effect with {condition}")
+        for flag in self.changed(args):
+            if flag in flags:
+                self.error(f"--{flag.replace('_', '-')} has no effect with {condition}")
 
 
 def number(low, high=math.inf, kind=float):
@@ -406,7 +407,8 @@ def number(low, high=math.inf, kind=float):
     def parse(text):
         value = kind(text)
         if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to below {high}")
+            below = f" and below {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low}{below}")
         return value
     parse.__name__ = kind.__name__  # argparse says: invalid int value
     return parse
