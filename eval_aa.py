@@ -33,7 +33,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from pyautoattack import AutoAttack
-from tqdm import tqdm
 
 import models
 import utils
@@ -60,40 +59,40 @@ def parse_args(argv=None):
     p = utils.Parser(description=__doc__)
     p.add_argument("target", type=Path, help="a run's folder or a checkpoint file")
     p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run's folder")
-    p.add_argument("--out", type=Path, help="file of the result, beside which an .npz is written; without "
-                   "it result.json in the run's folder, CHECKPOINT_result.json beside another checkpoint")
+    p.add_argument("--out", type=Path, help="file of the result, beside which an .npz is written; None means "
+                   "result.json in the run's folder, CHECKPOINT_result.json beside another checkpoint")
 
     g = p.add_argument_group("a checkpoint from elsewhere, which does not say what it is")
     g.add_argument("--model", choices=models.MODELS, metavar="NAME", help=", ".join(models.MODELS))
     g.add_argument("--activation", choices=models.ACTIVATIONS, metavar="NAME",
-                   help=f"{', '.join(models.ACTIVATIONS)}; without it relu")
+                   help=f"{', '.join(models.ACTIVATIONS)}; None means relu")
     g.add_argument("--no-normalize", action="store_true", help="it takes images in [0, 1] as they are")
     g.add_argument("--mean", type=utils.number(0), nargs=3, metavar="M",
-                   help="channel means that normalise its input; without them PGD-AT's, of CIFAR-10")
+                   help="channel means that normalise its input; None means PGD-AT's, of CIFAR-10")
     g.add_argument("--std", type=utils.number(1e-6), nargs=3, metavar="S",
-                   help="channel standard deviations that do; without them PGD-AT's, of CIFAR-10")
+                   help="channel standard deviations that do; None means PGD-AT's, of CIFAR-10")
 
     g = p.add_argument_group("attacks")
     g.add_argument("--eps", type=utils.fraction,
-                   help="L-inf radius on the [0, 1] scale; without it the run's, or 8/255")
+                   help="L-inf radius on the [0, 1] scale; None means the run's, or 8/255")
     g.add_argument("--attacks", type=attack_list, default="standard",
                    help=f"standard (AutoAttack), none, or a list out of {','.join(CLASSES)}, which is no AA")
     g.add_argument("--stop-after", type=utils.number(1, kind=int), metavar="N",
-                   help="stop after the batch with the N-th image; the same command without this goes on")
+                   help="stop after the batch with the N-th image; the command without this flag continues")
 
     g = p.add_argument_group("run")
     g.add_argument("--dataset",
-                   help="cifar10, cifar100 or the path of an .npz; without it the run's, or cifar10")
+                   help="cifar10, cifar100 or the path of an .npz; None means the run's, or cifar10")
     g.add_argument("--data-dir",
-                   help="where cifar10.npz is, or is put on first use; without it as in the run, or data")
+                   help="folder of cifar10.npz, which is fetched on first use; None means the run's, or data")
     g.add_argument("--n", type=utils.number(1, kind=int), help="evaluate the first N test images alone")
     g.add_argument("--seed", type=utils.number(0, kind=int), default=0, help="seed of the attacks")
     g.add_argument("--batch-size", type=utils.number(1, kind=int),
-                   help="images a batch, of which later attacks see about half; without it 500 on CUDA, 250 "
-                        "elsewhere")
+                   help="images per batch, of which later attacks see about half; None means 500 on CUDA, "
+                        "250 elsewhere")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     g.add_argument("--precision", choices=("fp32", "tf32"),
-                   help="fp32: strict; tf32: torch's own float32; without it tf32 on CUDA, fp32 elsewhere")
+                   help="fp32: strict; tf32: torch's own float32; None means tf32 on CUDA, fp32 elsewhere")
     args = p.parse_args(argv)
     if args.no_normalize and (args.mean or args.std):
         p.error("--no-normalize contradicts --mean and --std")
@@ -306,7 +305,7 @@ def run_autoattack(aa, images, labels, result, flags, stop_after, path):
     n, size, attacks = result["n"], result["batch_size"], result["attacks"]
     starts = [i for i in range(0, min(n, stop_after or n), size) if not flags["done"][i]]
     rounds = [starts[i : i + utils.WORLD] for i in range(0, len(starts), utils.WORLD)]
-    for of_all in tqdm(rounds, "AutoAttack", leave=False, disable=utils.RANK or None):
+    for of_all in utils.progress(rounds, "AutoAttack", len(rounds)):
         began = time.time()
         new = torch.zeros(len(attacks) + 1, n, dtype=torch.bool, device=labels.device)
         for i in of_all[utils.RANK : utils.RANK + 1]:

@@ -117,7 +117,7 @@ def test_dry_run_shows_the_setting_and_needs_no_data(script, tmp_path, monkeypat
     (("--ls", "1"), "1 is not at least 0 and below 1"),
     (("--wd", "nan"), "nan is not at least 0"),
     (("--epochs", "1.5"), "invalid int value: '1.5'"),
-    (("--early-stop-pgd", "70", "40"), "rising"),
+    (("--early-stop-pgd", "70", "40"), "of which the second is later"),
     (("--val", "96"), "leaves nothing to train on"),
     (("--n-train", "97"), "there are 96 training images"),
     (("--device", "gpu"), "gpu is not auto, cpu, cuda or cuda:N"),

@@ -1,12 +1,12 @@
-"""What the scripts share. The science comes first and stands by itself: with `models/` it serves a loop of
-your own, and who wants to understand it can stop reading at "A run".
+"""What the scripts share. The science comes first and stands by itself: with `models/` it is enough for a
+training loop of your own. To understand the experiments, read up to "A run".
 
 Images are x (B, 3, 32, 32) float32 in [0, 1], labels y (B,) int64; eps and alpha are on that [0, 1] scale
-(8/255, not 8); time t is in epochs, from 0, and may be fractional: epoch + step / steps. `model` is any
-module from x to logits (B, K); normalisation and precision live inside it.
+(8/255, not 8); time t is in epochs, from 0, and may be fractional: epoch + step / steps_per_epoch. `model` is
+any module from x to logits (B, K); normalisation and precision live inside it.
 
-Every random number of a run comes from a generator seeded by (seed, what it is for, epoch, step). So a run
-goes on at any epoch without a generator's state, and nothing that one trick draws moves what another sees.
+Random numbers come from generators that are seeded by what they are for: (seed, "attack", epoch, step). So a
+run can be resumed at any epoch, and a trick that draws random numbers does not change those of another.
 """
 
 import argparse
@@ -56,11 +56,11 @@ CIFAR10_SHA256 = "6b3883dca6c867f1e58def548c063d1865569b8575fcbce06b3e468a89f989
 
 
 def load_dataset(name, device="cpu", data_dir="data"):
-    """The Dataset of the path of an .npz, or of "cifar10" or "cifar100", on the device.
+    """The Dataset called "cifar10" or "cifar100", or that of an .npz file, on the device.
 
-    The file holds train_images (N, 32, 32, 3) uint8, train_labels (N,) integers from 0, test_images,
+    The file holds train_images (N, 32, 32, 3) uint8, train_labels (N,) integers from 0, test_images and
     test_labels. A named data set is data_dir/NAME.npz, which data/prepare.py fetches on first use. Raises
-    InputError if there is no such data, or of another form.
+    InputError if the data are missing or have another form.
     """
     path = Path(name)
     if name in ("cifar10", "cifar100"):
@@ -95,10 +95,8 @@ def load_dataset(name, device="cpu", data_dir="data"):
 
 
 def training_images(data, n=None, n_val=0):
-    """((images, labels) to train on, (images, labels) held out) of the first n training images, or of all.
-
-    Which n_val images are held out depends on n alone, not on a run's seed.
-    """
+    """[(images, labels) to train on, (images, labels) held out]: the first n training images, or all of them,
+    less n_val. Which ones are held out depends on n alone, not on the run's seed."""
     n = n or len(data.train_labels)
     if n > len(data.train_labels):
         raise InputError(f"--n-train {n}: there are {len(data.train_labels):,} training images")
@@ -115,7 +113,7 @@ def to_float(images):
 
 
 def crop_flip(images, top, left, flip, padding):
-    """Crops of the images padded by 4, each with its own offset, mirrored where asked; one gather in all.
+    """Random crops of the images padded by 4, each with its own offset and mirrored if flip says so.
 
     images (B, 32, 32, 3) uint8; top, left (B,) int64 in 0..8: the crop's corner in the padded image; flip
     (B,) bool; padding: "reflect" (PGD-AT) or "zero" (TRADES). Returns the same shape and type.
@@ -135,8 +133,8 @@ def crop_flip(images, top, left, flip, padding):
 def batches(images, labels, batch_size, rng, padding, shard=slice(None)):
     """One epoch in random order: yields augmented x (B, 3, 32, 32), y (B,). The last, smaller batch is kept.
 
-    Every image gets its own crop and flip. All draws are made at the start of the epoch, on the device.
-    shard: the part of every batch to yield; of several processes each takes another one.
+    Every image gets its own crop and flip, drawn on the device at the start of the epoch. shard: the part of
+    every batch to yield, another one for each of several processes.
     """
     n, device = len(images), images.device
     order = torch.randperm(n, generator=rng, device=device)
@@ -158,11 +156,10 @@ def seeded(device, *key):
 
 @contextlib.contextmanager
 def attack_mode(model, bn_mode):
-    """While it is open, parameters are frozen (no weight gradient is computed) and the model is in train or
-    eval mode.
+    """Inside, the model is in train or eval mode and its parameters are frozen, so that no backward pass
+    computes weight gradients. Afterwards all is as before.
 
-    bn_mode: "train" (batch statistics, and every forward moves the running ones) or "eval". On leaving, every
-    module's mode and every parameter's requires_grad are as they were.
+    bn_mode: "train" (batch statistics, and every forward pass moves the running ones) or "eval".
     """
     modes = [(m, m.training) for m in model.modules()]
     grads = [(p, p.requires_grad) for p in model.parameters()]
@@ -189,11 +186,11 @@ def linf_step(x, x_adv, grad, eps, alpha):
 
 
 def pgd(model, x, y, x_start, eps, alpha, steps, tolerance=None):
-    """L-inf PGD (Madry et al., 2018): x (B, 3, 32, 32) after `steps` steps from x_start up the cross-entropy.
+    """L-inf PGD (Madry et al., 2018): images (B, 3, 32, 32), `steps` steps from x_start that increase the
+    cross-entropy. Call it inside attack_mode.
 
-    Run it inside attack_mode. tolerance: None, or at which time that an image is found misclassified it is
-    no longer moved, 1 being the first (early-stopped PGD, Zhang et al., 2020); the attack ends when all
-    images have stopped.
+    tolerance, for early-stopped PGD (Zhang et al., 2020): an image stops moving once it has been
+    misclassified that many times, and the attack ends when all have stopped.
     """
     x_adv = x_start
     for _ in range(steps):
@@ -212,12 +209,12 @@ def pgd(model, x, y, x_start, eps, alpha, steps, tolerance=None):
 
 
 def evaluate(model, images, labels, eps, steps=10, alpha=2 / 255, seed=0, batch_size=250, shard=slice(None)):
-    """Which images are classified right: two (N,) bool tensors, clean and under PGD.
+    """Which images are classified correctly: a (2, N) bool tensor, clean and under PGD.
 
     The defaults are the paper's PGD-10: one uniform start, and an image counts as robust if the last iterate
-    is classified right (robust_overfitting's count, which selected the paper's checkpoints). images
-    (N, 32, 32, 3) uint8. steps=0: clean alone, twice. An image's start does not depend on the batch size.
-    shard: the images to evaluate; the others stay False.
+    is classified correctly (as in robust_overfitting; the paper's checkpoints were chosen like that). images
+    (N, 32, 32, 3) uint8. steps=0 leaves PGD out. An image's start does not depend on the batch size. shard:
+    the images to evaluate; the others stay False.
     """
     n, device = len(images), images.device
     clean, robust = flags = torch.zeros(2, n, dtype=torch.bool, device=device)
@@ -238,12 +235,12 @@ def evaluate(model, images, labels, eps, steps=10, alpha=2 / 255, seed=0, batch_
 
 
 def classified_right(logits, y):
-    """(B,) bool: the largest of the logits (B, K) is the label's, and all are finite."""
+    """(B,) bool: the label's logit is the largest, and all of the image's logits (B, K) are finite."""
     return (logits.argmax(1) == y) & logits.isfinite().all(1)
 
 
 def percent(flags):
-    """Accuracy in per cent with two decimals, as the paper prints it, of a bool tensor."""
+    """The share of True in a bool tensor, in per cent with two decimals, as the paper prints accuracies."""
     return round(100 * flags.sum().item() / len(flags), 2)
 
 
@@ -257,8 +254,8 @@ def smoothed_cross_entropy(logits, y, smoothing):
     """Mean cross-entropy with target 1 - smoothing on the label and smoothing / (K-1) on each *other* class
     (Table 4).
 
-    logits (B, K), 0 <= smoothing < 1. torch's own label_smoothing=e spreads e over all K classes: there e
-    would be smoothing * K / (K-1).
+    logits (B, K), 0 <= smoothing < 1. torch's own label_smoothing=e spreads e over all K classes, so it gives
+    the same with e = smoothing * K / (K-1).
     """
     log_p = F.log_softmax(logits, dim=1)
     on_label = -log_p.gather(1, y[:, None]).squeeze(1)                    # (B,)
@@ -274,9 +271,9 @@ def warmup(t, epochs):
 def lr_at(t, lr, schedule="piecewise", epochs=110, decay_epochs=(100, 105), decay_factor=0.1):
     """The learning rate at time t (epochs).
 
-    piecewise: times decay_factor at each of decay_epochs (the paper's), or times a factor of each one's own.
-    cosine: half a cosine from lr to 0. onecycle: 0 to lr over the first half of the run and back to 0 over
-    the second (Wong et al., 2020).
+    piecewise, the paper's: multiplied at each of decay_epochs by decay_factor, or by its own of several
+    factors; epochs has no effect. cosine: half a cosine from lr to 0 over the epochs. onecycle: from 0 to lr
+    in the first half of the epochs and back to 0 in the second (Wong et al., 2020).
     """
     if schedule == "piecewise":
         decays = sum(t >= e for e in decay_epochs)
@@ -310,7 +307,7 @@ def make_optimizer(model, name, lr, wd, momentum=0.9):
     @torch.no_grad()
     def centralise(optimizer, args, kwargs):
         for p in centred:
-            p.grad.add_(p, alpha=wd)  # here and not by SGD, since it comes before the mean is taken
+            p.grad.add_(p, alpha=wd)  # SGD would add it after the mean has been subtracted
             p.grad.sub_(p.grad.mean(dim=tuple(range(1, p.dim())), keepdim=True))
 
     groups = [{"params": centred, "weight_decay": 0.0}, {"params": others, "weight_decay": wd}]
@@ -323,27 +320,27 @@ def make_optimizer(model, name, lr, wd, momentum=0.9):
 
 
 @torch.no_grad()
-def update_average(average, model, decay, t):
-    """average <- d * average + (1 - d) * model, of weights and of batch norm's running statistics.
+def update_average(average, model, decay, n):
+    """average <- d * average + (1 - d) * model, of the weights and of batch norm's running statistics.
 
-    average: a copy of the model. d is decay, or (1 + t) / (10 + t) at update t (from 0) while that is
-    smaller: there is little to average at first. That the statistics are averaged too is the FastAT
-    benchmark's way (github.com/fzjcdt/FastAT_Benchmark); DeepMind's code (Gowal et al., 2020) tests averaged
-    weights with the trained model's own statistics.
+    average: a copy of the model. n: how many updates came before; d = min(decay, (1 + n) / (10 + n)), since
+    there is little to average at first. The FastAT benchmark (github.com/fzjcdt/FastAT_Benchmark) averages
+    the statistics too, as here; DeepMind's code (Gowal et al., 2020) tests averaged weights with the trained
+    model's statistics.
     """
-    decay = min(decay, (1 + t) / (10 + t))
+    decay = min(decay, (1 + n) / (10 + n))
     for a, value in zip(average.state_dict().values(), model.state_dict().values()):
         a.lerp_(value, 1 - decay) if a.is_floating_point() else a.copy_(value)
 
 
 @contextlib.contextmanager
 def perturbed_weights(model, loss, gamma):
-    """Adversarial weight perturbation (Wu et al., 2020): while it is open, the weights are one step further
-    up the loss; afterwards they are as before, bit for bit.
+    """Adversarial weight perturbation (Wu et al., 2020): inside, the weights are moved up the loss; then they
+    are put back, bit for bit. Call backward() inside and optimizer.step() afterwards.
 
-    Every tensor w with more than one dimension becomes w + gamma |w| / |g| g, where g is its gradient of
-    loss(). That moves no running statistics: in the authors' code (github.com/csdongxian/AWP) a copy of the
-    model, in train mode, computes it.
+    Every tensor w with more than one dimension becomes w + gamma |w| / |g| g, where g is the gradient of
+    loss() by w. Computing it leaves the running statistics alone: the authors' code
+    (github.com/csdongxian/AWP) uses a copy of the model for it, in train mode.
     """
     weights = [p for p in model.parameters() if p.dim() > 1]
     weights_before, statistics_before = copy_values(weights), copy_values(model.buffers())
@@ -371,18 +368,18 @@ def put_back(copied):
 # ---- A run -------------------------------------------------------------------------------------------------
 
 # `torchrun --nproc_per_node=N -- SCRIPT` starts N processes. Every one holds all data and works on its shard
-# of every batch; the first one alone prints and writes. Without torchrun a cluster's RANK means nothing.
+# of every batch; only the first one prints and writes. A cluster may set RANK too: that is ignored.
 WORLD, RANK = (int(os.environ[key]) if dist.is_torchelastic_launched() else default
                for key, default in (("WORLD_SIZE", 1), ("RANK", 0)))
 SHARD = slice(RANK, None, WORLD)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description as it is written, and every flag's default."""
+    """Keeps the line breaks of the description, and shows the default of every flag."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, which answers a bad command line with one line and exit status 2."""
+    """Takes no abbreviated flags. A bad command line ends with one line and exit status 2."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
@@ -403,7 +400,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(low, high=math.inf, kind=float):
-    """An argparse type: a number of that kind, at least low and below high."""
+    """An argparse type: a number, at least low and below high."""
     def parse(text):
         value = kind(text)
         if not low <= value < high:
@@ -417,18 +414,19 @@ def number(low, high=math.inf, kind=float):
 def fraction(text):
     """An argparse type for eps and alpha: "8/255" or "0.031", in [0, 1]."""
     top, _, bottom = text.partition("/")
-    value = float(top) / float(bottom or 1)
+    value = float(top) / (float(bottom or 1) or math.nan)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f'{text} is not on the [0, 1] scale of the images: write "8/255"')
     return value
 
 
-# Flags that say where and how a run happens, not what is trained: they may differ when it is resumed.
+# Flags that say where and how a run happens, not what is trained. They may change when it is resumed.
 NOT_A_SETTING = ("test_batch_size", "out", "resume", "data_dir", "device", "time_scale", "dry_run")
 
 
 def settle(parser, args, prefix):
-    """The flags of a training script, of which some depend on others; those without effect are refused."""
+    """What both training scripts do with their flags: refuse those that would have no effect, apply
+    --time-scale, and choose the values that are None."""
     adam = args.optimizer in ("adam", "adamw")
     if adam:
         parser.refuse(args, f"--optimizer {args.optimizer}", "momentum")
@@ -460,7 +458,7 @@ def settle(parser, args, prefix):
 
 
 def show_setting(args):
-    """Print every flag as it is settled, and end there with --dry-run."""
+    """Print every flag. With --dry-run the script ends here."""
     for key, value in vars(args).items():
         print(f"  --{key.replace('_', '-'):17} {value}")
     late = [e for e in args.lr_decay_epochs if e >= args.epochs]
@@ -471,35 +469,41 @@ def show_setting(args):
 
 
 def run_script(main):
-    """Run main(). What the user can mend becomes one line on stderr and exit status 2; Ctrl-C is 130."""
+    """Run main(). A mistake of the user ends in one line on stderr and exit status 2, Ctrl-C in 130."""
     status, line = 0, ""
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     try:
         main()
         if dist.is_initialized():
-            sum_over_processes(torch.zeros(1))  # no process leaves while another still needs it
+            sum_over_processes(torch.zeros(1))  # no process ends while another one needs it
             dist.destroy_process_group()
     except (InputError, OSError) as e:
         status, line = 2, f"error: {e}".splitlines()[0]
     except FloatingPointError as e:
         status, line = 1, f"stopped: {e}; last.pt, if there is one, is of the epoch before"
     except KeyboardInterrupt:
-        status, line = 130, "interrupted: a run goes on with --resume, an evaluation with the same command"
+        status, line = 130, "interrupted: to continue, add --resume; an evaluation needs no flag"
     finally:
         LOCKS.clear()
-    if line:  # of every process: another one's error may be its own
+    if line:  # every process prints its own
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(status)
+
+
+def progress(iterable, name, total):
+    """The iterable, under a progress bar if stderr is a terminal."""
+    return tqdm(iterable, name, total, leave=False, disable=True if RANK else None)
 
 
 # Device
 
 
 def start_device(args):
-    """The torch.device of --device. Joins torchrun's processes, and settles the flags that depend on it."""
+    """The torch.device of --device. Connects torchrun's processes, and fills in the flags that depend on the
+    device: --precision and --test-batch-size."""
     device = pick_device(args.device)
     if WORLD > 1:
-        patience = datetime.timedelta(days=7)  # with each other: a batch of AutoAttack can take an hour
+        patience = datetime.timedelta(days=7)  # one may wait an hour for another's batch of AutoAttack
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience)
     args.precision = set_precision(args.precision, device)
     if "test_batch_size" in args and args.test_batch_size is None:
@@ -512,8 +516,8 @@ def start_device(args):
 
 
 def pick_device(name):
-    """The torch.device of "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N", which becomes the
-    current one; under torchrun each process's own GPU. Raises InputError if it cannot be used."""
+    """The torch.device called "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". Under torchrun
+    "cuda" is another GPU for each process. Raises InputError if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -537,19 +541,19 @@ def device_name(device):
 
 
 def cpu_info():
-    """What Linux says of the processor; elsewhere nothing."""
+    """Linux' description of the processor; elsewhere an empty string."""
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.exists() else ""
 
 
 def set_precision(precision, device):
-    """Set torch up for "fp32" (strict), "tf32" (torch's default on CUDA: TF32 in convolutions) or "bf16"
-    (autocast, which models.Network enters). None means tf32 on CUDA, fp32 elsewhere. Returns the name."""
+    """Make torch compute in "fp32" (strict), "tf32" (torch's default on CUDA: TF32 in convolutions) or "bf16"
+    (autocast, inside models.Network). None means tf32 on CUDA, fp32 elsewhere. Returns the name."""
     precision = precision or ("tf32" if device.type == "cuda" else "fp32")
     if precision == "tf32" and device.type != "cuda":
         raise InputError("--precision tf32 exists on CUDA only")
     has_bf16 = device.type == "cuda" or re.search(r"avx512_bf16|amx_bf16|\bbf16", cpu_info())
-    if precision == "bf16" and not has_bf16:  # torch would compute all the same, many times slower than fp32
+    if precision == "bf16" and not has_bf16:  # torch could, but many times slower than in fp32
         raise InputError("--precision bf16: this CPU has no AVX512-BF16, AMX or Arm BF16 instructions")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.benchmark = True  # training and PGD-10 have few shapes
@@ -558,40 +562,40 @@ def set_precision(precision, device):
 
 
 def compile_training(model, attack, args, n_train):
-    """Compile the model in place; return the attack to train with: on CUDA a CapturedAttack."""
+    """Compile the model in place. Returns the attack to train with: on CUDA it becomes a CapturedAttack."""
     if n_train < args.batch_size:
-        raise InputError(f"--compile has no effect: {n_train} images make no whole batch of "
-                         f"{args.batch_size}, and smaller ones run uncompiled")
+        raise InputError(f"--compile has no effect: {n_train} images are less than a batch of "
+                         f"{args.batch_size}, and smaller batches run uncompiled")
     model.compile(dynamic=False)
     if next(model.parameters()).device.type != "cuda":
         return attack
     if getattr(args, "attack", "pgd") == "none" or getattr(args, "early_stop_pgd", None):
-        print("note: no CUDA graph: --attack none leaves nothing to capture, and with --early-stop-pgd the "
-              "host decides at every step whether to go on")
+        print("note: no CUDA graph: with --attack none there is no attack, and with --early-stop-pgd its "
+              "length depends on the images")
         return attack
     return CapturedAttack(attack, model)
 
 
 def uncompiled(condition):
-    """A context in which compiled models run uncompiled if the condition holds: for the last, smaller batch
-    of an epoch, or for the tests, compiling takes longer than it saves."""
+    """A context in which compiled models run uncompiled, if the condition holds. For the last, smaller batch
+    of an epoch, and for the tests, compiling takes longer than it saves."""
     return torch.compiler.set_stance("force_eager") if condition else contextlib.nullcontext()
 
 
 class CapturedAttack:
-    """attack(*tensors, eps) -> x' in one launch: captured in a CUDA graph at the first call with tensors of
-    these shapes, and replayed from then on.
+    """attack(*tensors, eps) -> x' in one launch. The first call with tensors of certain shapes captures the
+    attack in a CUDA graph; every call replays it.
 
-    The host takes longer to launch an attack's thousands of kernels than a GPU takes to run them. The graph
-    reads weights and running statistics where they lie, and moves the latter. The next replay overwrites x'.
+    It is faster since the host needs more time to launch thousands of kernels than the GPU needs to run them.
+    The graph uses the model's weights and running statistics in place. The next call overwrites x'.
     """
 
     def __init__(self, attack, model):
         self.attack, self.model, self.graphs, self.replays = attack, model, {}, 0
 
     def __call__(self, *arguments):
-        x, eps = arguments[0], arguments[-1]
-        tensors = *arguments[:-1], torch.full((), eps, dtype=x.dtype, device=x.device)
+        *tensors, eps = arguments
+        tensors.append(torch.full((), eps, dtype=tensors[0].dtype, device=tensors[0].device))
         shapes = tuple(t.shape for t in tensors)
         if shapes not in self.graphs:
             inputs, statistics = [t.clone() for t in tensors], copy_values(self.model.buffers())
@@ -601,29 +605,30 @@ class CapturedAttack:
         for captured, given in zip(inputs, tensors):
             captured.copy_(given)
         graph.replay()
-        self.replays += 1
+        self.replays += 1  # a test counts them: a graph that is silently not used would be slow, not wrong
         return x_adv
 
 
 def capture(function):
-    """(a CUDA graph of function(), the tensor that every replay of it writes)."""
+    """(a CUDA graph of function(), the tensor that its replays write)."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):
-            for _ in range(3):  # compilation and cuDNN's search for algorithms, which no graph can hold
+            for _ in range(3):  # warm-up: compilation and cuDNN's choice of algorithms cannot be captured
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph):
             return graph, function()
-    except RuntimeError as e:  # a capture that breaks off may raise an error of its own
-        if not isinstance(e, torch.OutOfMemoryError) and not isinstance(e.__context__, torch.OutOfMemoryError):
+    except RuntimeError as e:  # leaving the capture may raise another error on top of the first
+        if not any(isinstance(error, torch.OutOfMemoryError) for error in (e, e.__context__)):
             raise
-        raise InputError("the GPU's memory does not hold the CUDA graph of the attack: train without "
+        raise InputError("the GPU has too little memory for the CUDA graph of the attack: train without "
                          "--compile, or with a smaller --batch-size") from None
 
+
 def sum_over_processes(tensor):
-    """The sum of the processes' tensors of numbers or flags."""
+    """The sum of a tensor over the processes. For bool tensors: where it is True in any of them."""
     if WORLD == 1:
         return tensor
     total = tensor.int() if tensor.dtype == torch.bool else tensor.clone()
@@ -632,26 +637,25 @@ def sum_over_processes(tensor):
 
 
 def share_training(model, optimizer, args, n_train):
-    """Let torchrun's processes, if there are several, train the model together.
+    """If torchrun started several processes, let them train the model together.
 
-    On CUDA batch norm takes the statistics of the whole batch. torch has no such layer for the CPU: there
-    every process normalises by its own part, and goes on with the first one's running statistics, as under
+    On CUDA batch norm uses the statistics of the whole batch. torch has no such layer for the CPU: there
+    every process normalises by its own part, and all use the first one's running statistics, as with
     DataParallel, which the authors used.
     """
     if WORLD == 1:
         return
-    last, cuda = n_train % args.batch_size, next(model.parameters()).device.type == "cuda"
-    if args.batch_size % WORLD or last % WORLD:
-        raise InputError(f"{WORLD} processes cannot share batches of {args.batch_size} images, and one of "
-                         f"{last} at the end of an epoch, evenly")
-    alone = {"--awp": args.awp, "--early-stop-pgd": getattr(args, "early_stop_pgd", None),
-             "--compile on a GPU": args.compile and cuda}
-    for flag in (flag for flag, given in alone.items() if given):
-        raise InputError(f"{flag} takes one process")
+    cuda = next(model.parameters()).device.type == "cuda"
+    if args.batch_size % WORLD or n_train % args.batch_size % WORLD:
+        raise InputError(f"{WORLD} processes cannot divide batches of {args.batch_size} of {n_train} images, "
+                         "and the last one of an epoch, evenly")
+    if args.awp or getattr(args, "early_stop_pgd", None) or args.compile and cuda:
+        raise InputError("--awp, --early-stop-pgd and, on GPUs, --compile run in one process only")
 
     def take_first_ones_statistics(model, x, logits):
-        for buffer in model.buffers() if model.training else ():
-            dist.broadcast(buffer.data, 0)  # .data: the backward pass need not know
+        if model.training:
+            for buffer in model.buffers():
+                dist.broadcast(buffer.data, 0)  # .data: unseen by autograd
 
     def average_gradients(optimizer, args, kwargs):
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
@@ -668,38 +672,40 @@ def share_training(model, optimizer, args, n_train):
     optimizer.register_step_pre_hook(average_gradients)
 
 
-# An epoch's figures
+# The figures of an epoch
 
 
 class Meter:
-    """Sums over an epoch's steps, kept on the device so that a step never waits for the host."""
+    """Sums over the steps of an epoch. They stay on the device, so that no step waits for the host."""
 
     def __init__(self, device):
-        self.sums = torch.zeros(4, device=device)  # loss, right on adversarial, right on clean images; images
+        self.sums = torch.zeros(4, device=device)  # loss, correct adversarial, correct clean, all images
 
     @torch.no_grad()
-    def add(self, y, loss, adv_logits, clean_logits):
-        """Count a step. loss (): the batch's mean; logits (B, K) on adversarial and clean images, or None."""
+    def add(self, loss, y, adv_logits, clean_logits):
+        """Count a step: mean loss, labels (B,), logits (B, K) of adversarial and of clean images, or None."""
         self.known = adv_logits is not None, clean_logits is not None
-        right = [(logits.argmax(1) == y).sum() if logits is not None else torch.zeros_like(loss)
+        correct = [(logits.argmax(1) == y).sum() if logits is not None else torch.zeros_like(loss)
                  for logits in (adv_logits, clean_logits)]
-        self.sums += torch.stack([loss * len(y), *right, torch.full_like(loss, len(y))])
+        self.sums += torch.stack([loss * len(y), *correct, torch.full_like(loss, len(y))])
 
     def read(self):
-        """The log's training figures. Raises FloatingPointError if a loss was not finite."""
-        loss, *right, images = sum_over_processes(self.sums).tolist()  # waits for the device
+        """The training figures for the log. Raises FloatingPointError if a loss was not finite."""
+        loss, *correct, images = sum_over_processes(self.sums).tolist()  # waits for the device
         if not math.isfinite(loss):
             raise FloatingPointError("the loss is not finite")
-        adv, clean = (round(100 * n / images, 2) if known else None for n, known in zip(right, self.known))
+        adv, clean = (round(100 * n / images, 2) if known else None for n, known in zip(correct, self.known))
         return {"train_loss": round(loss / images, 5), "train_adv_acc": adv, "train_clean_acc": clean}
 
 
-def test(model, splits, args, epoch):
-    """The log's test figures of {split: (images, labels)}; {} if this epoch (from 0) is not to be tested.
-    Standard training is tested on clean images alone."""
+def test_pgd10(model, splits, args, epoch):
+    """The test figures for the log, of {split: (images, labels)}; none if --eval-every or --eval-from leave
+    the epoch (from 0) out. After standard training PGD-10 is left out."""
     due = epoch + 1 >= args.eval_from and (epoch + 1) % args.eval_every == 0
+    if not due and epoch + 1 < args.epochs:
+        return {}
     figures, steps = {}, 0 if getattr(args, "attack", "pgd") == "none" else 10
-    for split, (images, labels) in splits.items() if due or epoch + 1 == args.epochs else ():
+    for split, (images, labels) in splits.items():
         with uncompiled(args.compile):
             flags = evaluate(model, images, labels, args.eps, steps, seed=(args.seed, epoch),
                              batch_size=args.test_batch_size, shard=SHARD)
@@ -709,8 +715,8 @@ def test(model, splits, args, epoch):
 
 
 def best(log):
-    """The entry of the best epoch, the first of equals, or None if none was tested: by PGD-10 accuracy, on
-    the images held out if there are any; standard training's by clean accuracy."""
+    """The log entry of the best epoch, or None if none was tested: the first with the highest PGD-10 accuracy
+    (after standard training: clean accuracy) on the held-out images, or if there are none on the test set."""
     for key in ("val_pgd10", "val_clean", "test_pgd10", "test_clean"):
         if tested := [e for e in log if e.get(key) is not None]:
             return max(tested, key=lambda e: e[key])
@@ -727,69 +733,65 @@ def show_epoch(args, log):
           f"{'*' if best(log) is entry else ' '}  {entry['seconds']:.0f} s, {remaining} left", flush=True)
 
 
-# Files. last.pt is the run: setting, log and state. It is written first, and who goes on with it writes
-# best.pt and log.jsonl again: so no moment of a kill leaves them apart.
+# Files. last.pt is the run: its setting, log and state. It is written first, and --resume writes best.pt and
+# log.jsonl again, so that they agree with it whenever a run was killed.
 
-LOCKS = []  # open files, whose locks last until they are closed
-TO_GO_ON = ("model", "optimizer")  # what last.pt holds and best.pt does not
+LOCKS = []  # open files: each is locked until it is closed
+ONLY_IN_LAST = ("model", "optimizer")  # not in best.pt
 
 
-def start_or_resume(args, state, defaults):
-    """Start a run in the folder args.out, or go on with the one that is there. Returns its log.
+def start_or_resume(args, saved, defaults):
+    """Start a run in the folder args.out, or resume the one that is there. Returns its log, [] at the start.
 
-    state: what is saved, by name: numbers, text, and what has a state_dict, which is put back; "state_dict"
-    is the network that is tested. The setting, and where it runs, are added. defaults: the args of a command
-    line without flags, for flags that an older run does not know. Raises InputError if the folder holds a
-    run and --resume was not given, or if it holds another one.
+    saved: what checkpoints hold, by name; what has a state_dict gets back that of last.pt, and the setting,
+    versions and device are added. "state_dict" is the network that is tested. defaults: the args of a command
+    line without flags; a run that is older than a flag has its default. Raises InputError if the folder holds
+    a run and --resume is not given, or if that run has another setting.
     """
-    out, device = Path(args.out), next(state["state_dict"].parameters()).device
-    now = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], **environment(device)}
-    state |= {"args": vars(args), **now, "resumed": []}
+    out, log = Path(args.out), []
+    now = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+           **environment(next(saved["state_dict"].parameters()).device)}
+    saved |= {"args": vars(args), **now, "resumed": []}
     lock(out)
-    found = [name for name in ("last.pt", "best.pt", "log.jsonl", "args.json") if (out / name).exists()]
+    found = any((out / name).exists() for name in ("last.pt", "best.pt", "log.jsonl"))
     sum_over_processes(torch.zeros(1))  # every process has looked before the first one writes
     if found and not args.resume:
         raise InputError(f"{out} already holds a run: --resume to go on, or choose another --out")
-    log = []
     if found:
-        if found == ["args.json"]:  # killed in its first epoch
-            before = json.loads((out / "args.json").read_text())
-        else:
-            before = load_checkpoint(out / "last.pt")
-            if "optimizer" not in before:
-                raise InputError(f"{out}/last.pt was written by older code, which alone can go on with it")
-            log = before["log"]
-        was, now_is = ({**run["args"], "script": run["command"][0], "data": run["data_sha256"]}
-                       for run in (before, state))
-        if differ := differences(was, now_is, vars(defaults)):
+        before = load_checkpoint(out / "last.pt")
+        if "optimizer" not in before:
+            raise InputError(f"{out}/last.pt is of an older version of this code, which can resume it")
+        was, is_now = ({**run["args"], "script": run["command"][0], "data": run["data_sha256"]}
+                       for run in (before, saved))
+        if differ := differences(was, is_now, vars(defaults)):
             raise InputError(f"{out} was started with other arguments: {'; '.join(differ)}")
-        state |= {k: before[k] for k in ("args", *now)}
-        state["resumed"] = [*before["resumed"], {"epoch": len(log), **now}]
-    if log:
-        for name, part in state.items():
+        log = before["log"]
+        for name, part in saved.items():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(before[name])
+        saved |= {k: before[k] for k in ("args", *now)}
+        saved["resumed"] = [*before["resumed"], {"epoch": len(log), **now}]
         write_best_and_log(out, before)
         print(f"{out} " + ("has finished" if len(log) == args.epochs else f"goes on after epoch {len(log)}"))
     if len(log) < args.epochs:
-        write_json(out / "args.json", {k: v for k, v in state.items() if not hasattr(v, "state_dict")})
+        write_json(out / "args.json", {k: v for k, v in saved.items() if not hasattr(v, "state_dict")})
     return log
 
 
 def differences(before, now, defaults):
-    """Which settings differ between two runs' args, in words. What one of them does not know has its default;
-    the data set's path is no setting."""
+    """Which settings differ between the args of two runs, in words. A flag that a run does not know has its
+    default. The path of the data set is not a setting."""
     keys = [k for k in sorted(before | now) if k not in (*NOT_A_SETTING, "dataset")]
     pairs = [(k, before.get(k, defaults.get(k)), now.get(k, defaults.get(k))) for k in keys]
     return [f"--{k.replace('_', '-')} was {old}, is {new}" for k, old, new in pairs if old != new]
 
 
-def save(args, state, log):
-    """Write last.pt, best.pt if the log's last epoch is the best, and log.jsonl. Raises FloatingPointError if
-    a weight is not finite."""
+def save(args, saved, log):
+    """Write last.pt, best.pt if the last epoch of the log is the best, and log.jsonl. Raises
+    FloatingPointError if a weight is not finite."""
     if RANK > 0:
         return
-    checkpoint = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
+    checkpoint = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in saved.items()}
     weights = {k: v.cpu() for k, v in checkpoint["state_dict"].items()}
     if not all(v.isfinite().all() for v in weights.values()):
         raise FloatingPointError("a weight is not finite")
@@ -801,21 +803,21 @@ def save(args, state, log):
 def write_best_and_log(out, checkpoint):
     log = checkpoint["log"]
     if best(log) is log[-1]:
-        checkpoint = {k: v for k, v in checkpoint.items() if k not in TO_GO_ON}
+        checkpoint = {k: v for k, v in checkpoint.items() if k not in ONLY_IN_LAST}
         write_whole(out / "best.pt", partial(torch.save, checkpoint))
     lines = "".join(json.dumps(entry) + "\n" for entry in log)
     write_whole(out / "log.jsonl", lambda file: file.write(lines.encode()))
 
 
 def load_checkpoint(path):
-    """The contents of a checkpoint file, on the CPU. Only tensors and plain values are unpickled: a file that
-    holds more, or is damaged, raises InputError."""
+    """What torch.save wrote, on the CPU. Raises InputError if the file is damaged, or holds more than tensors
+    and plain values: unpickling it could run code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
     except Exception as e:
-        raise InputError(f"{path} is refused as a checkpoint: {e}") from None
+        raise InputError(f"{path} cannot be read as a checkpoint: {e}") from None
 
 
 def write_json(path, value):
@@ -823,7 +825,8 @@ def write_json(path, value):
 
 
 def write_whole(path, write):
-    """Let write(file) fill a temporary file and rename it: whole or not at all. The first process does."""
+    """Let write(file) fill a temporary file, then rename it: a kill leaves the old file or the new one. Only
+    the first process writes."""
     if RANK == 0:
         temporary = Path(path).with_name(f".{Path(path).name}.tmp")
         with open(temporary, "wb") as file:
@@ -834,8 +837,7 @@ def write_whole(path, write):
 
 
 def lock(folder, name=".lock"):
-    """Make the folder, and keep other processes out of it until the script ends. Raises InputError if one is
-    in there."""
+    """Make the folder and lock it until the script ends. Raises InputError if another one has locked it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     LOCKS.append(open(Path(folder, name), "w"))
     try:
@@ -846,7 +848,7 @@ def lock(folder, name=".lock"):
 
 
 def environment(device):
-    """What a reader needs to know about where numbers come from: commit, versions, device."""
+    """Where numbers come from: commit, versions, device."""
     def git(command):  # None where there is no git, or no repository
         done = subprocess.run(f"git {command}", shell=True, cwd=HERE, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None

@@ -1,7 +1,7 @@
 """Wide ResNets (Zagoruyko & Komodakis, 2016) without dropout; names and layers as in yaodongyu/TRADES.
 
 Released WRN checkpoints also carry `sub_block1.*`, a block that no forward pass uses: drop those keys on
-loading (utils.load_checkpoint does).
+loading (eval_aa.py does).
 """
 
 import math

@@ -50,7 +50,7 @@ def test_under_torchrun_every_process_takes_its_own_and_synchronises_batch_norm(
         utils.share_training(model, optimizer, train_pgdat.parse_args([]), 51_200)
         kinds = {type(m) for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
         assert kinds == {torch.nn.SyncBatchNorm}
-        with pytest.raises(utils.InputError, match="--compile on a GPU takes one process"):
+        with pytest.raises(utils.InputError, match="on GPUs, --compile run in one process"):
             utils.share_training(model, optimizer, train_pgdat.parse_args(["--compile"]), 51_200)
 
 
@@ -190,7 +190,7 @@ def test_graph_that_does_not_fit_and_batches_that_are_none(train, monkeypatch):
     with pytest.raises(utils.InputError, match="train without --compile"):
         utils.capture(None)
     status, _, err = train("--compile", "--batch-size", 97)
-    assert status == 2 and "--compile has no effect: 96 images make no whole batch of 97" in err
+    assert status == 2 and "--compile has no effect: 96 images are less than a batch of 97" in err
 
 
 # ---- Precision: what only a GPU can show, and as much of it as a CPU can ---------------------------------

@@ -105,7 +105,7 @@ def test_a_run_killed_at_any_moment_ends_bit_identical(train, small_npz, tmp_pat
     assert len(statuses) == len(kills) and "Traceback" not in done.stderr, done.stderr
     for status, (*moment, name) in zip(statuses, kills):  # 0: the run has ended before that moment came
         assert status in ((130,) if name == "SIGINT" else (-getattr(signal, name), 0)), (moment, done.stderr)
-    assert done.stderr.count("interrupted: a run goes on with --resume") == statuses.count(130)
+    assert done.stderr.count("interrupted: to continue, add --resume") == statuses.count(130)
     assert sum(map(bool, statuses)) > len(kills) / 2
     status, out, err = train(*FLAGS, "--resume", out=cut, epochs=epochs)
     assert status == 0, err
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_older_code_is_refused_by_resume_and_evaluated(train, sc
     last = torch.load(run / "last.pt", weights_only=True)
     last["others"] = {"optimizer": last.pop("optimizer")}
     torch.save(last, run / "last.pt")
-    refused(train, run, "last.pt was written by older code", "--resume")
+    refused(train, run, "last.pt is of an older version of this code", "--resume")
     status, out, err = script(eval_aa, run, "--which", "last", "--attacks", "none")
     assert status == 0, err
 

@@ -31,11 +31,11 @@ def test_smoothed_loss_agrees_with_torch_at_the_converted_smoothing():
 
 def test_the_logs_figures_are_means_over_images_not_over_batches():
     meter, right, wrong = utils.Meter("cpu"), torch.eye(4), torch.eye(4).flip(1)
-    meter.add(torch.arange(3), torch.tensor(2.0), right[:3], wrong[:3])
-    meter.add(torch.arange(1), torch.tensor(6.0), wrong[:1], right[:1])
+    meter.add(torch.tensor(2.0), torch.arange(3), right[:3], wrong[:3])
+    meter.add(torch.tensor(6.0), torch.arange(1), wrong[:1], right[:1])
     assert list(meter.read().values()) == [3.0, 75.0, 25.0]
-    meter.add(torch.arange(2), torch.tensor(1.0), right[:2], None)  # no clean pass
+    meter.add(torch.tensor(1.0), torch.arange(2), right[:2], None)  # no clean pass
     assert meter.read() == {"train_loss": 2.33333, "train_adv_acc": 83.33, "train_clean_acc": None}
-    meter.add(torch.arange(1), torch.tensor(math.inf), right[:1], None)
+    meter.add(torch.tensor(math.inf), torch.arange(1), right[:1], None)
     with pytest.raises(FloatingPointError, match="not finite"):
         meter.read()

@@ -143,10 +143,10 @@ def test_a_kill_of_one_process_and_one_to_go_on(train, small_npz, tmp_path):
 
 
 @pytest.mark.parametrize("module, n, flags, problem", [
-    (train_pgdat, 5, ("--batch-size", 42), "5 processes cannot share batches of 42 images"),
-    (train_trades, 5, ("--batch-size", 40), "and one of 16 at the end of an epoch"),  # of 96 images
-    (train_pgdat, 5, ("--batch-size", 5, "--val", 6, "--early-stop-pgd", 1, 2), "--early-stop-pgd takes one"),
-    (train_trades, 2, ("--batch-size", 48, "--awp", 0.01), "--awp takes one process"),
+    (train_pgdat, 5, ("--batch-size", 42), "5 processes cannot divide batches of 42"),
+    (train_trades, 5, ("--batch-size", 40), "the last one of an epoch, evenly"),  # of 96 images
+    (train_pgdat, 5, ("--batch-size", 5, "--val", 6, "--early-stop-pgd", 1, 2), "--awp, --early-stop-pgd"),
+    (train_trades, 2, ("--batch-size", 48, "--awp", 0.01), "--awp, --early-stop-pgd"),
 ])
 def test_what_several_processes_cannot_do(script, small_npz, tmp_path, monkeypatch, module, n, flags,
                                           problem):
