@@ -2,7 +2,7 @@
 
     command                                                   the paper's clean / PGD-10 / AutoAttack, in %
     python train_pgdat.py                                     Table 2, "Base": 82.52 / 53.58 / 48.51
-    python train_pgdat.py --bn-mode eval                      Table 7, its ResNet-18: 83.48 / 53.64 / 48.75
+    python train_pgdat.py --bn-mode eval                      Table 7, ResNet-18: 83.48 / 53.64 / 48.75
     python train_pgdat.py --bn-mode eval --ls 0.1             with label smoothing too
     python train_pgdat.py --attack none --model wrn-34-10     standard training, as in Figure 4
 
@@ -11,8 +11,8 @@ step on the loss of the perturbed images. The defaults are the paper's "default 
 ResNet-18 is our preactresnet-18. The README's table of deviations says what the paper leaves open. A run
 writes args.json, log.jsonl, last.pt and best.pt to its folder; `python eval_aa.py FOLDER` evaluates it.
 
-Cost per image and epoch, in forward passes (a gradient by inputs or by weights costs one more): 21 in the
-attack (20 with --bn-mode eval), 3 in the update, 2 in the clean passes.
+Cost per image and epoch, in forward passes, of which a backward pass to the inputs costs one, and one to the
+weights another: 21 in the attack (20 with --bn-mode eval), 3 in the update, 2 in the clean passes.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def parse_args(argv=None):
     g.add_argument("--n-train", type=utils.number(1, kind=int), metavar="N",
                    help="take the first N training images; None means all")
     g.add_argument("--val", type=utils.number(0, kind=int), default=0, metavar="N",
-                   help="hold out N of them, and choose the best checkpoint on these, not on the test set")
+                   help="hold out N training images to choose the best checkpoint by, not by the test set")
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=utils.number(1, kind=int), default=110,
@@ -64,7 +64,7 @@ def parse_args(argv=None):
     g.add_argument("--ls", type=utils.number(0, 1), default=0,
                    help="label smoothing: the mass in [0, 1) that is spread over the other classes")
     g.add_argument("--time-scale", type=utils.number(0), default=1, metavar="F",
-                   help="multiply all numbers of epochs, but for --eval-every and --eval-from, by F")
+                   help="shorten the recipe: multiply --epochs, decays and warm-ups by F, rounded")
 
     g = p.add_argument_group("training attack")
     g.add_argument("--attack", choices=("pgd", "none"), default="pgd", help="none: standard training")
@@ -76,22 +76,22 @@ def parse_args(argv=None):
     g.add_argument("--warmup-eps", type=utils.number(0), default=0, metavar="EPOCHS",
                    help="epochs over which eps first rises linearly from 0")
     g.add_argument("--early-stop-pgd", type=utils.number(0), nargs=2, metavar=("A", "B"),
-                   help="stop moving an image at its first misclassification, from epoch A on at its second, "
-                        "from epoch B on at its third")
+                   help="early-stopped PGD: an image stops moving once it has been misclassified one time; "
+                        "after A epochs two times; after B epochs three times")
     g.add_argument("--bn-mode", choices=("train", "eval"), default="train",
                    help="mode of batch norm while the training attack runs")
     g.add_argument("--bn-clean-passes", type=int, choices=(0, 1, 2), default=2,
-                   help="clean forward passes per step that only move the running statistics: 1 is after the "
-                        "update, 2 adds one before it; the authors' code makes 2")
+                   help="clean forward passes per step, which move the running statistics: 1 after the "
+                        "update, whose accuracy is logged; 2, as in the authors' code: one before it too")
 
     g = p.add_argument_group("tricks since the paper")
     g.add_argument("--ema", type=utils.number(0, 1), default=0, metavar="DECAY",
                    help="test and save an exponential moving average of the weights, whose decay at update t "
                         "is min(DECAY, (1 + t) / (10 + t)); 0: off")
     g.add_argument("--awp", type=utils.number(0), default=0, metavar="GAMMA",
-                   help="adversarial weight perturbation: take the gradient at weights that are moved up the "
-                        "loss, each layer's by GAMMA of their norm (one more forward and backward pass); its "
-                        "authors use 0.01 for PGD-AT and 0.005 for TRADES; 0: off")
+                   help="adversarial weight perturbation: take the gradient with every weight tensor moved up "
+                        "the loss by GAMMA of its norm, which makes the update twice as long; its authors use "
+                        "0.01 for PGD-AT and 0.005 for TRADES; 0: off")
     g.add_argument("--awp-warmup", type=utils.number(0, kind=int), default=0, metavar="EPOCHS",
                    help="epochs before --awp starts; its authors use 0 for PGD-AT and 10 for TRADES")
 
@@ -119,16 +119,17 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.attack == "none":
         p.refuse(args, "--attack none", "eps", "alpha", "steps", "warmup_eps", "early_stop_pgd", "bn_mode")
+    args = utils.settle(p, args, "pgdat")  # applies --time-scale, and fills in --lr and --out
     if args.early_stop_pgd and args.early_stop_pgd[0] >= args.early_stop_pgd[1]:
         p.error("--early-stop-pgd takes two epochs of which the second is later")
-    return utils.settle(p, args, "pgdat")
+    return args
 
 
 def training_attack(model, args, x, y, x_start, eps, tolerance=None):
-    """x' (B, 3, 32, 32): PGD from x_start on the cross-entropy without smoothing.
+    """x' (B, 3, 32, 32): PGD from x_start on the cross-entropy, in the authors' code too without smoothing.
 
-    The authors' attack ends with a forward pass for its final loss. With --bn-mode train that pass moves the
-    running statistics, so it is made here too.
+    tolerance: how many misclassifications stop an image; with None none do. The authors' attack ends with a
+    forward pass for its final loss. With --bn-mode train that moves the running statistics, so we make it.
     """
     with attack_mode(model, args.bn_mode):
         x_adv = pgd(model, x, y, x_start, eps, args.alpha, args.steps, tolerance)
@@ -142,9 +143,9 @@ def train_step(model, optimizer, attack, x, y, eps, epoch, rng, args):
     """One step of PGD-AT: the attack, then an update on its images.
 
     attack(x, y, x_start, eps): training_attack with this model, or a CUDA graph of it; x (B, 3, 32, 32) in
-    [0, 1], y (B,); rng: the generator of the random start. Returns the mean loss (a scalar tensor) and two
-    logits (B, K): of the adversarial images, None with --attack none; of x after the update, None with
-    --bn-clean-passes 0.
+    [0, 1], y (B,); rng: the generator of the random start. Returns what is logged: the mean loss, a scalar
+    tensor; the logits (B, K) of x'; those of x after the update, or None without that pass. In standard
+    training these are None, and the logits of x before the update.
     """
     x_adv = x
     if args.attack == "pgd":
@@ -155,14 +156,14 @@ def train_step(model, optimizer, attack, x, y, eps, epoch, rng, args):
     awp = contextlib.nullcontext()
     if args.awp and epoch >= args.awp_warmup:
         awp = perturbed_weights(model, lambda: smoothed_cross_entropy(model(x_adv), y, args.ls), args.awp)
-    with awp:
+    with awp:  # which puts the weights back before the optimiser's step
         logits = model(x_adv)
         loss = smoothed_cross_entropy(logits, y, args.ls)
         optimizer.zero_grad()
         loss.backward()
-    # The authors make the clean passes to log clean accuracy. The model is in train mode, so each of them
-    # also moves batch norm's running statistics. With --bn-mode eval a step moves these three times: once by
-    # adversarial images, twice by clean ones. The attack and the test use them.
+    # The authors' code makes two clean passes and logs the accuracy of the second. The model is in train
+    # mode, so both also move batch norm's running statistics, which the test uses, and with --bn-mode eval
+    # the attack. There a step moves them three times: once by adversarial images, twice by clean ones.
     if args.bn_clean_passes == 2:
         with torch.no_grad():
             model(x)
@@ -197,17 +198,18 @@ def main():
     attack = partial(training_attack, model, args)
     if args.compile:
         attack = utils.compile_training(model, attack, args, len(labels))
-    # A checkpoint holds these, modules and optimiser by their state_dict().
+    # What a checkpoint holds. start_or_resume puts the state of last.pt back into these objects.
     saved = {"state_dict": tested, "optimizer": optimizer, "normalize": NORMALIZE,
              "num_classes": data.num_classes, "data_sha256": data.sha256}
     if args.ema:
         saved["model"] = model
-    log = utils.start_or_resume(args, saved, defaults=parse_args([]))  # an older run may lack today's flags
+    log = utils.start_or_resume(args, saved, defaults=parse_args([]))  # an entry for each epoch that is done
     print(f"{args.model}: {args.epochs} epochs of {len(labels):,} images, {steps_per_epoch:,} steps each")
 
     for epoch in range(len(log), args.epochs):
         began, meter = time.time(), utils.Meter(device)
         data_rng = seeded(device, args.seed, "data", epoch)
+        # Random crops and flips; the authors pad by reflection. SHARD: the part of one of several processes.
         stream = batches(images, labels, args.batch_size, data_rng, padding="reflect", shard=utils.SHARD)
         model.train()
         for step, (x, y) in enumerate(utils.progress(stream, f"epoch {epoch + 1}", steps_per_epoch)):
@@ -218,14 +220,16 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = lr
             rng = seeded(device, args.seed, "attack", epoch, step, utils.RANK)
-            smaller = len(y) < args.batch_size // utils.WORLD  # as the last batch may be
-            with utils.uncompiled(args.compile and smaller):
+            # The last batch may be smaller: compiling for its size would take longer than it saves.
+            with utils.uncompiled(args.compile and len(y) < args.batch_size // utils.WORLD):
                 loss, adv_logits, clean_logits = train_step(
                     model, optimizer, attack, x, y, eps, epoch, rng, args)
             meter.add(loss, y, adv_logits, clean_logits)
             if args.ema:
                 update_average(tested, model, args.ema, epoch * steps_per_epoch + step)
 
+        # Tested by PGD-10, if --eval-from and --eval-every say so. The best epoch is that of the highest
+        # PGD-10 accuracy on the test set, as in the paper, or with --val on the held-out images.
         log.append({"epoch": epoch + 1, "lr": lr, "eps": eps if args.attack == "pgd" else None,
                     **meter.read(), **utils.test_pgd10(tested, splits, args, epoch),
                     "seconds": round(time.time() - began, 2)})

@@ -6,14 +6,13 @@
     python train_trades.py --model wrn-34-10 --wd 2e-4 --eps 0.031 --alpha 0.007
                                                  Table 9, the original setting: 85.17 / 55.10 / 51.85
 
-Every step minimises CE(f(x), y) + beta * KL(f(x) || f(x')), where x' maximises that divergence in the
-eps-ball around x. As in AT_HE, the TRADES code of Pang et al., images are not normalised, crops are padded
-with zeros, and the loss makes two forward passes, natural and adversarial. Pang et al. state neither beta nor
-the step size at 8/255: we assume 6 and 2/255. A run writes args.json, log.jsonl, last.pt and best.pt to its
-folder; `python eval_aa.py FOLDER` evaluates it.
+The loss is CE(f(x), y) + beta * KL(f(x) || f(x')), where x' maximises that divergence in the eps-ball around
+x. As in the TRADES code that Pang et al. name (AT_HE), and unlike in PGD-AT, images are not normalised and
+crops are padded with zeros. Pang et al. state neither beta nor the step size at 8/255: we assume 6 and 2/255.
+A run writes args.json, log.jsonl, last.pt and best.pt to its folder; `python eval_aa.py FOLDER` evaluates it.
 
-Cost per image and epoch, in forward passes (a gradient by inputs or by weights costs one more): 21 in the
-attack and 6 in the update, with --bn-mode eval.
+Cost per image and epoch, in forward passes, of which a backward pass to the inputs costs one, and one to the
+weights another: 21 in the attack and 6 in the update, with --bn-mode eval.
 """
 
 import contextlib
@@ -45,7 +44,7 @@ def parse_args(argv=None):
     g.add_argument("--n-train", type=utils.number(1, kind=int), metavar="N",
                    help="take the first N training images; None means all")
     g.add_argument("--val", type=utils.number(0, kind=int), default=0, metavar="N",
-                   help="hold out N of them, and choose the best checkpoint on these, not on the test set")
+                   help="hold out N training images to choose the best checkpoint by, not by the test set")
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=utils.number(1, kind=int), default=110,
@@ -64,7 +63,7 @@ def parse_args(argv=None):
     g.add_argument("--warmup-lr", type=utils.number(0), default=0, metavar="EPOCHS",
                    help="epochs over which the learning rate first rises linearly from 0")
     g.add_argument("--time-scale", type=utils.number(0), default=1, metavar="F",
-                   help="multiply all numbers of epochs, but for --eval-every and --eval-from, by F")
+                   help="shorten the recipe: multiply --epochs, decays and warm-ups by F, rounded")
 
     g = p.add_argument_group("TRADES")
     g.add_argument("--beta", type=utils.number(0), default=6.0, help="weight of the robust term of the loss")
@@ -83,9 +82,9 @@ def parse_args(argv=None):
                    help="test and save an exponential moving average of the weights, whose decay at update t "
                         "is min(DECAY, (1 + t) / (10 + t)); 0: off")
     g.add_argument("--awp", type=utils.number(0), default=0, metavar="GAMMA",
-                   help="adversarial weight perturbation: take the gradient at weights that are moved up the "
-                        "loss, each layer's by GAMMA of their norm (one more forward and backward pass); its "
-                        "authors use 0.01 for PGD-AT and 0.005 for TRADES; 0: off")
+                   help="adversarial weight perturbation: take the gradient with every weight tensor moved up "
+                        "the loss by GAMMA of its norm, which makes the update twice as long; its authors use "
+                        "0.01 for PGD-AT and 0.005 for TRADES; 0: off")
     g.add_argument("--awp-warmup", type=utils.number(0, kind=int), default=0, metavar="EPOCHS",
                    help="epochs before --awp starts; its authors use 0 for PGD-AT and 10 for TRADES")
 
@@ -110,7 +109,7 @@ def parse_args(argv=None):
                         "is faster and computes the same")
     g.add_argument("--dry-run", action="store_true", help="print the setting and exit")
 
-    return utils.settle(p, p.parse_args(argv), "trades")
+    return utils.settle(p, p.parse_args(argv), "trades")  # applies --time-scale, and fills in --lr and --out
 
 
 def divergence(log_p, log_q):
@@ -122,8 +121,8 @@ def divergence(log_p, log_q):
 def training_attack(model, args, x, x_start, eps):
     """x' (B, 3, 32, 32): projected steps of size alpha from x_start that increase KL(f(x) || f(x')).
 
-    The original code computes f(x) at every step, after f(x'). With --bn-mode eval it is always the same, so
-    once is enough. With --bn-mode train these forward passes move the running statistics, so they stay.
+    The original code computes f(x) at every step, after f(x'). With --bn-mode eval f(x) never changes, so we
+    compute it once. With --bn-mode train its forward passes move the running statistics, so we keep them all.
     """
     x_adv = x_start
     with attack_mode(model, args.bn_mode):
@@ -154,12 +153,13 @@ def train_step(model, optimizer, attack, x, y, eps, epoch, rng, args):
     [0, 1], y (B,); rng: the generator of the attack's start. Returns the loss (a scalar tensor) and two
     logits (B, K): of the adversarial images and of the natural ones.
     """
-    x_adv = attack(x, x + 0.001 * torch.empty_like(x).normal_(generator=rng), eps)
+    x_start = x + 0.001 * torch.empty_like(x).normal_(generator=rng)  # as in the original code
+    x_adv = attack(x, x_start, eps)
 
     awp = contextlib.nullcontext()
     if args.awp and epoch >= args.awp_warmup:
         awp = perturbed_weights(model, lambda: trades_loss(model(x), model(x_adv), y, args.beta), args.awp)
-    with awp:
+    with awp:  # which puts the weights back before the optimiser's step
         natural, adversarial = model(x), model(x_adv)  # in this order: both move the running statistics
         loss = trades_loss(natural, adversarial, y, args.beta)
         optimizer.zero_grad()
@@ -189,17 +189,18 @@ def main():
     attack = partial(training_attack, model, args)
     if args.compile:
         attack = utils.compile_training(model, attack, args, len(labels))
-    # A checkpoint holds these, modules and optimiser by their state_dict().
+    # What a checkpoint holds. start_or_resume puts the state of last.pt back into these objects.
     saved = {"state_dict": tested, "optimizer": optimizer, "normalize": NORMALIZE,
              "num_classes": data.num_classes, "data_sha256": data.sha256}
     if args.ema:
         saved["model"] = model
-    log = utils.start_or_resume(args, saved, defaults=parse_args([]))  # an older run may lack today's flags
+    log = utils.start_or_resume(args, saved, defaults=parse_args([]))  # an entry for each epoch that is done
     print(f"{args.model}: {args.epochs} epochs of {len(labels):,} images, {steps_per_epoch:,} steps each")
 
     for epoch in range(len(log), args.epochs):
         began, meter = time.time(), utils.Meter(device)
         data_rng = seeded(device, args.seed, "data", epoch)
+        # Random crops and flips; TRADES pads with zeros. SHARD: the part of one of several processes.
         stream = batches(images, labels, args.batch_size, data_rng, padding="zero", shard=utils.SHARD)
         model.train()
         for step, (x, y) in enumerate(utils.progress(stream, f"epoch {epoch + 1}", steps_per_epoch)):
@@ -210,14 +211,16 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = lr
             rng = seeded(device, args.seed, "attack", epoch, step, utils.RANK)
-            smaller = len(y) < args.batch_size // utils.WORLD  # as the last batch may be
-            with utils.uncompiled(args.compile and smaller):
+            # The last batch may be smaller: compiling for its size would take longer than it saves.
+            with utils.uncompiled(args.compile and len(y) < args.batch_size // utils.WORLD):
                 loss, adv_logits, clean_logits = train_step(
                     model, optimizer, attack, x, y, eps, epoch, rng, args)
             meter.add(loss, y, adv_logits, clean_logits)
             if args.ema:
                 update_average(tested, model, args.ema, epoch * steps_per_epoch + step)
 
+        # Tested by PGD-10, if --eval-from and --eval-every say so. The best epoch is that of the highest
+        # PGD-10 accuracy on the test set, as in the paper, or with --val on the held-out images.
         log.append({"epoch": epoch + 1, "lr": lr, "eps": eps, **meter.read(),
                     **utils.test_pgd10(tested, splits, args, epoch),
                     "seconds": round(time.time() - began, 2)})
