@@ -89,9 +89,9 @@ def parse_args(argv=None):
                    help="test and save an exponential moving average of the weights, whose decay at update t "
                         "is min(DECAY, (1 + t) / (10 + t)); 0: off")
     g.add_argument("--awp", type=utils.number(0), default=0, metavar="GAMMA",
-                   help="adversarial weight perturbation: take the gradient with every weight tensor moved up "
-                        "the loss by GAMMA of its norm, which makes the update twice as long; its authors use "
-                        "0.01 for PGD-AT and 0.005 for TRADES; 0: off")
+                   help="adversarial weight perturbation: take the gradient with every weight tensor moved "
+                        "up the loss by GAMMA of its norm, which makes the update twice as long; its authors "
+                        "use 0.01 for PGD-AT and 0.005 for TRADES; 0: off")
     g.add_argument("--awp-warmup", type=utils.number(0, kind=int), default=0, metavar="EPOCHS",
                    help="epochs before --awp starts; its authors use 0 for PGD-AT and 10 for TRADES")
 
