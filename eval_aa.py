@@ -86,7 +86,7 @@ def parse_args(argv=None):
     g.add_argument("--data-dir",
                    help="folder of cifar10.npz, which is fetched on first use; None means the run's, or data")
     g.add_argument("--n", type=utils.number(1, kind=int), help="evaluate the first N test images alone")
-    g.add_argument("--seed", type=utils.number(0, kind=int), default=0, help="seed of the attacks")
+    g.add_argument("--seed", type=utils.number(0, 2**63, int), default=0, help="seed of the attacks")
     g.add_argument("--batch-size", type=utils.number(1, kind=int),
                    help="images per batch, of which later attacks see about half; None means 500 on CUDA, "
                         "250 elsewhere")
@@ -112,6 +112,8 @@ def locate(args):
         name = f"{target.stem}_{name}"
     else:
         raise InputError("--which chooses in a run's folder, but the target is a file")
+    if args.out and args.out.suffix != ".json":
+        raise InputError(f"--out {args.out} does not end in .json")
     return target, args.out or target.with_name(name)
 
 

@@ -114,6 +114,8 @@ def test_dry_run_shows_the_setting_and_needs_no_data(script, tmp_path, monkeypat
     (("--dataset", "imagenet"), "unknown data set 'imagenet'"),
     (("--dataset", "none.npz"), "no such file"),
     (("--eps", "8"), '[0, 1] scale of the images: write "8/255"'),
+    (("--eps", "8/0"), '[0, 1] scale of the images: write "8/255"'),
+    (("--optimizer", "nesterov", "--momentum", "0"), "needs a --momentum above 0"),
     (("--ls", "1"), "1 is not at least 0 and below 1"),
     (("--wd", "nan"), "nan is not at least 0"),
     (("--epochs", "1.5"), "invalid int value: '1.5'"),

@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -430,6 +431,8 @@ def settle(parser, args, prefix):
     adam = args.optimizer in ("adam", "adamw")
     if adam:
         parser.refuse(args, f"--optimizer {args.optimizer}", "momentum")
+    if args.optimizer == "nesterov" and args.momentum == 0:
+        parser.error("--optimizer nesterov needs a --momentum above 0")
     if args.awp == 0:
         parser.refuse(args, "--awp 0", "awp_warmup")
     if args.lr_schedule != "piecewise":
@@ -758,24 +761,36 @@ def start_or_resume(args, saved, defaults):
     if found and not args.resume:
         raise InputError(f"{out} already holds a run: --resume to go on, or choose another --out")
     if found:
-        before = load_checkpoint(out / "last.pt")
-        if "optimizer" not in before:
-            raise InputError(f"{out}/last.pt is of an older version of this code, which can resume it")
+        before = read_run(out, args.epochs)
         was, is_now = ({**run["args"], "script": run["command"][0], "data": run["data_sha256"]}
                        for run in (before, saved))
         if differ := differences(was, is_now, vars(defaults)):
             raise InputError(f"{out} was started with other arguments: {'; '.join(differ)}")
         log = before["log"]
-        for name, part in saved.items():
-            if hasattr(part, "load_state_dict"):
-                part.load_state_dict(before[name])
         saved |= {k: before[k] for k in ("args", *now)}
         saved["resumed"] = [*before["resumed"], {"epoch": len(log), **now}]
-        write_best_and_log(out, before)
+        if "optimizer" in before:
+            for name, part in saved.items():
+                if hasattr(part, "load_state_dict"):
+                    part.load_state_dict(before[name])
+            write_best_and_log(out, before)
         print(f"{out} " + ("has finished" if len(log) == args.epochs else f"goes on after epoch {len(log)}"))
     if len(log) < args.epochs:
         write_json(out / "args.json", {k: v for k, v in saved.items() if not hasattr(v, "state_dict")})
     return log
+
+
+def read_run(out, epochs):
+    """What last.pt holds; of a finished run whose last.pt was deleted to save disk its setting and log."""
+    if (out / "last.pt").exists():
+        run = load_checkpoint(out / "last.pt")
+        if "optimizer" not in run:
+            raise InputError(f"{out}/last.pt is of an older version of this code, which can resume it")
+        return run
+    lines = (out / "log.jsonl").read_text().splitlines()
+    if len(lines) < epochs:
+        raise InputError(f"{out} has no last.pt and cannot go on: choose another --out")
+    return {**json.loads((out / "args.json").read_text()), "log": [json.loads(line) for line in lines]}
 
 
 def differences(before, now, defaults):
@@ -828,9 +843,10 @@ def write_whole(path, write):
     """Let write(file) fill a temporary file, then rename it: a kill leaves the old file or the new one. Only
     the first process writes."""
     if RANK == 0:
-        temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+        temporary, whole = Path(path).with_name(f".{Path(path).name}.tmp"), io.BytesIO()
+        write(whole)  # not into the file: torch.save would hide a full disk, or a Ctrl-C
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(whole.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -143,6 +143,7 @@ def test_an_interruption_at_any_moment_changes_no_flag(script, checkpoint, monke
 @pytest.mark.parametrize("argv, problem", [
     (("--out", "small.json"), "small.npz says nothing of it"),  # it is the data set
     (("--out", "other.json"), "other.npz says nothing of it"),
+    (("--out", "result.npz"), "does not end in .json"),
     (("--eps", "4/255"), "eps was"),
     (("--batch-size", 7), "batch_size was 250, is 7"),
     (("--activation", "elu"), "activation was relu, is elu"),

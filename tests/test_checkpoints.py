@@ -1,9 +1,11 @@
 """Checkpoint files: what is read, what is refused, and that a crash leaves the old one."""
 
 import os
+import sys
 
 import pytest
 import torch
+from conftest import spawn
 
 import eval_aa
 import models
@@ -70,6 +72,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     os.link(path, tmp_path / "old.json")
     utils.write_json(path, 2)  # renamed, not written over
     assert [p.read_text() for p in (path, tmp_path / "old.json")] == ["2\n", "1\n"]
+
+
+def test_a_full_disk_ends_in_one_line(tmp_path, small_npz):
+    train = f"{sys.executable} train_pgdat.py --model tiny --dataset {small_npz} --steps 1 --epochs 1"
+    done = spawn("bash", "-c", f"ulimit -f 600; {train} --out {tmp_path}/run")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("File too large"), done.stderr
+    assert not (tmp_path / "run" / "last.pt").exists()
 
 
 def test_weights_of_another_architecture_or_not_finite_are_refused_by_their_first_key():

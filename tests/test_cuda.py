@@ -136,11 +136,11 @@ def three_steps(module, argv, compiled, captured):
     return images, model.state_dict()
 
 
-@MACHINES
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("machine, compiled", [
+    ("pretended", False), *(pytest.param("real", c, marks=needs_gpu) for c in (False, True))])
 @pytest.mark.parametrize("bn_mode", ["train", "eval"])
 @pytest.mark.parametrize("module", [train_pgdat, train_trades])
-def test_graph_changes_no_bit(monkeypatch, machine, module, bn_mode, compiled):
+def test_graph_changes_no_bit(monkeypatch, machine, compiled, module, bn_mode):
     """Of x', weights and running statistics, while eps and lr change, and with a smaller last batch."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
@@ -183,12 +183,24 @@ def test_graph_that_does_not_fit_and_batches_that_are_none(train, monkeypatch):
     def full(stream):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
+    @contextlib.contextmanager
+    def broken_off(graph):
+        try:
+            yield
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
     monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.Mock)
     monkeypatch.setattr(torch.cuda, "Stream", mock.Mock)
     monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock)
-    monkeypatch.setattr(torch.cuda, "stream", full)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "stream", full)
+        with pytest.raises(utils.InputError, match="train without --compile"):
+            utils.capture(None)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", broken_off)
     with pytest.raises(utils.InputError, match="train without --compile"):
-        utils.capture(None)
+        utils.capture(lambda calls=iter([0, 0, 0]): next(calls, None) is None and full(None))
     status, _, err = train("--compile", "--batch-size", 97)
     assert status == 2 and "--compile has no effect: 96 images are less than a batch of 97" in err
 

@@ -181,7 +181,19 @@ def test_whatever_is_there_of_a_run_is_not_written_over(train, tmp_path, name):
         status, out, err = train("--resume", epochs=1)
         assert status == 0 and "has finished" in out and len(log(run)) == 1, err
     else:
-        refused(train, run, f"no such file: {run}/last.pt", "--resume")
+        refused(train, run, f"No such file or directory: '{run}/", "--resume")
+
+
+def test_a_finished_run_without_last_pt_has_finished(train, tmp_path):
+    run = tmp_path / "run"
+    assert train(epochs=1)[0] == 0
+    (run / "last.pt").unlink()
+    before = contents(run)
+    status, out, err = train("--resume", epochs=1)
+    assert status == 0 and "has finished" in out and contents(run) == before, err
+    refused(train, run, "--ls was 0, is 0.1", "--resume", "--ls", 0.1)
+    status, _, err = train("--resume", epochs=2)
+    assert status == 2 and "has no last.pt and cannot go on" in err
 
 
 def test_a_checkpoint_of_older_code_is_refused_by_resume_and_evaluated(train, script, tmp_path):

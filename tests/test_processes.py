@@ -140,6 +140,9 @@ def test_a_kill_of_one_process_and_one_to_go_on(train, small_npz, tmp_path):
     status, out, err = train("--steps", 1, "--resume")
     assert status == 0 and f"{run} goes on after epoch 1" in out, err
     assert [e["epoch"] for e in log(run)] == [1, 2]
+    record = json.loads((run / "args.json").read_text())
+    assert record["processes"] == 2  # as it was started; and who went on, from where
+    assert [(r["epoch"], r["processes"], r["command"][-1]) for r in record["resumed"]] == [(1, 1, "--resume")]
 
 
 @pytest.mark.parametrize("module, n, flags, problem", [
