@@ -109,11 +109,21 @@ def test_dry_run_shows_the_setting_and_needs_no_data(script, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_default_folder_is_a_file_name_whatever_the_flags():
+    flags = ["--dataset", "x" * 300 + ".npz", "--lr-decay-epochs", *map(str, range(90))]
+    long, other = (train_pgdat.parse_args([*flags, "--seed", seed]).out for seed in "12")
+    assert len(long) < 255
+    assert long != other
+
+
 @pytest.mark.parametrize("argv, problem", [
     (("--model", "resnet18"), "argument --model: invalid choice: 'resnet18'"),
     (("--dataset", "imagenet"), "unknown data set 'imagenet'"),
     (("--dataset", "none.npz"), "no such file"),
     (("--eps", "8"), '[0, 1] scale of the images: write "8/255"'),
+    (("--eps", "1"), '[0, 1] scale of the images: write "8/255"'),
+    (("--alpha", "1"), '[0, 1] scale of the images: write "8/255"'),
+    (("--lr-decay-epochs", "50", "25"), "takes epochs that rise"),
     (("--eps", "8/0"), '[0, 1] scale of the images: write "8/255"'),
     (("--optimizer", "nesterov", "--momentum", "0"), "needs a --momentum above 0"),
     (("--ls", "1"), "1 is not at least 0 and below 1"),

@@ -413,10 +413,10 @@ def number(low, high=math.inf, kind=float):
 
 
 def fraction(text):
-    """An argparse type for eps and alpha: "8/255" or "0.031", in [0, 1]."""
+    """An argparse type for eps and alpha: "8/255" or "0.031". 1 is refused too: who writes it means 1/255."""
     top, _, bottom = text.partition("/")
     value = float(top) / (float(bottom or 1) or math.nan)
-    if not 0 <= value <= 1:
+    if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f'{text} is not on the [0, 1] scale of the images: write "8/255"')
     return value
 
@@ -437,6 +437,8 @@ def settle(parser, args, prefix):
         parser.refuse(args, "--awp 0", "awp_warmup")
     if args.lr_schedule != "piecewise":
         parser.refuse(args, f"--lr-schedule {args.lr_schedule}", "lr_decay_epochs", "lr_decay_factor")
+    if sorted(set(args.lr_decay_epochs)) != args.lr_decay_epochs:
+        parser.error("--lr-decay-epochs takes epochs that rise: factors belong to them in their order")
     if isinstance(args.lr_decay_factor, list):
         if len(args.lr_decay_factor) not in (1, len(args.lr_decay_epochs)):
             parser.error("--lr-decay-factor takes one factor, or one for each of --lr-decay-epochs")
@@ -454,7 +456,10 @@ def settle(parser, args, prefix):
     if args.out is None:  # named after what differs from the defaults: runs/pgdat-bn-mode-eval-ls0.1
         changed = {k: v for k, v in parser.changed(args).items() if k not in NOT_A_SETTING}
         words = [f"{k}-{v}" if isinstance(v, str) else f"{k}{v}" for k, v in changed.items()]
-        args.out = "runs/" + re.sub(r"[^\w.]+|_", "-", "-".join([prefix, *words])).strip("-")
+        name = re.sub(r"[^\w.]+|_", "-", "-".join([prefix, *words])).strip("-")
+        if len(name) > 200:  # no file system takes more than 255 bytes
+            name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        args.out = f"runs/{name}"
     if args.lr is None:
         args.lr = 1e-4 if adam else 0.1
     return args
