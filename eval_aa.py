@@ -70,7 +70,7 @@ def parse_args(argv=None):
     g.add_argument("--mean", type=utils.number(0), nargs=3, metavar="M",
                    help="channel means that normalise its input; None means PGD-AT's, of CIFAR-10")
     g.add_argument("--std", type=utils.number(1e-6), nargs=3, metavar="S",
-                   help="channel standard deviations that do; None means PGD-AT's, of CIFAR-10")
+                   help="channel standard deviations, likewise; None means PGD-AT's, of CIFAR-10")
 
     g = p.add_argument_group("attacks")
     g.add_argument("--eps", type=utils.fraction,

@@ -101,7 +101,8 @@ def parse_args(argv=None):
     g.add_argument("--eval-every", type=utils.number(1, kind=int), default=1, metavar="EPOCHS",
                    help="test after every EPOCHS epochs, and after the last one")
     g.add_argument("--eval-from", type=utils.number(1, kind=int), default=1, metavar="EPOCH",
-                   help="do not test before this epoch; the best one usually comes after the first decay")
+                   help="do not test before this epoch, but always after the last one; the best one usually "
+                        "comes after the first decay")
     g.add_argument("--test-batch-size", type=utils.number(1, kind=int),
                    help="images per test batch; None means 1000 on CUDA, 250 elsewhere")
     g.add_argument("--out", help="folder of the run; None means runs/ and a name made of the flags")
