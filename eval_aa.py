@@ -117,7 +117,7 @@ def locate(args):
     return target, args.out or target.with_name(name)
 
 
-def load_checkpoint(path):
+def open_checkpoint(path):
     """The dict in a checkpoint file: ours, {"state_dict": ...}, or a bare state dict made that.
 
     A `module.` prefix (DataParallel) and the `sub_block1.*` keys of WideResNets, which no forward pass uses,
@@ -184,7 +184,7 @@ def load_subject(args, path, device):
 
     Raises InputError if flags, checkpoint and data do not fit together.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     model, about = rebuild(args, path, checkpoint)
     trained = checkpoint["args"] if "normalize" in checkpoint else {"dataset": "cifar10", "eps": 8 / 255}
     data_dir = args.data_dir or trained.get("data_dir", "data")

@@ -413,7 +413,7 @@ def number(low, high=math.inf, kind=float):
 
 
 def fraction(text):
-    """An argparse type for eps and alpha: "8/255" or "0.031". 1 is refused too: who writes it means 1/255."""
+    """An argparse type for eps and alpha: "8/255" or "0.031". It refuses 1 too, which is a typo for 1/255."""
     top, _, bottom = text.partition("/")
     value = float(top) / (float(bottom or 1) or math.nan)
     if not 0 <= value < 1:
@@ -438,7 +438,7 @@ def settle(parser, args, prefix):
     if args.lr_schedule != "piecewise":
         parser.refuse(args, f"--lr-schedule {args.lr_schedule}", "lr_decay_epochs", "lr_decay_factor")
     if sorted(set(args.lr_decay_epochs)) != args.lr_decay_epochs:
-        parser.error("--lr-decay-epochs takes epochs that rise: factors belong to them in their order")
+        parser.error("--lr-decay-epochs takes epochs that rise, in the order of their factors")
     if isinstance(args.lr_decay_factor, list):
         if len(args.lr_decay_factor) not in (1, len(args.lr_decay_epochs)):
             parser.error("--lr-decay-factor takes one factor, or one for each of --lr-decay-epochs")
@@ -618,7 +618,8 @@ class CapturedAttack:
 
 
 def capture(function):
-    """(a CUDA graph of function(), the tensor that its replays write)."""
+    """(a CUDA graph of function(), the tensor that its replays write). Raises InputError if the GPU has too
+    little memory for it."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     try:

@@ -188,7 +188,7 @@ def test_anyones_checkpoint_and_a_warning_where_another_normalisation_does_bette
     data = utils.load_dataset("small.npz")
     x = utils.to_float(data.test_images)
     model = models.build("tiny").eval()
-    model.load_state_dict(eval_aa.load_checkpoint("tiny.pt")["state_dict"])
+    model.load_state_dict(eval_aa.open_checkpoint("tiny.pt")["state_dict"])
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.2, 0.1])
     normalised = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     for i, (flags, shown) in enumerate([

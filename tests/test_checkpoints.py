@@ -18,7 +18,7 @@ import utils
 def test_forms_that_are_read(tmp_path, wrap):
     state = models.build("tiny").state_dict()
     torch.save(wrap(state), tmp_path / "c.pt")
-    loaded = eval_aa.load_checkpoint(tmp_path / "c.pt")["state_dict"]
+    loaded = eval_aa.open_checkpoint(tmp_path / "c.pt")["state_dict"]
     assert list(loaded) == list(state) and all(torch.equal(loaded[k], state[k]) for k in state)
 
 
@@ -51,7 +51,7 @@ def test_damaged_and_alien_files_are_refused(tmp_path):
     (tmp_path / "whole.pt").unlink()
     for path in (*tmp_path.iterdir(), tmp_path / "missing.pt"):
         with pytest.raises(utils.InputError, match=path.name):
-            eval_aa.load_checkpoint(path)
+            eval_aa.open_checkpoint(path)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -296,5 +296,5 @@ def test_a_released_wrn_checkpoint_loads(tmp_path):
     unused = {k.replace("block1", "sub_block1"): v for k, v in state.items() if ".block1." in k}
     torch.save({"state_dict": state | unused}, tmp_path / "released.pt")
     model = models.build("wrn-34-10")
-    model.load_state_dict(eval_aa.load_checkpoint(tmp_path / "released.pt")["state_dict"])
+    model.load_state_dict(eval_aa.open_checkpoint(tmp_path / "released.pt")["state_dict"])
     assert len(unused) > 50 and torch.equal(model.fc.weight, state["module.fc.weight"])

@@ -82,14 +82,14 @@ class Setting:
         """The loss of a training step on x (B, 3, 32, 32), y (B,), with the noise of number i. Its time goes
         to self.seconds."""
         set_precision(self.precision, self.device)
-        known, noise = (self.model, self.optimizer), seeded(self.device, "noise", i)
+        known, rng = (self.model, self.optimizer), seeded(self.device, "noise", i)
         if self.who == "ours":
-            take = partial(self.script.train_step, *known, self.attack, x, y, self.args.eps, 0, noise,
+            take = partial(self.script.train_step, *known, self.attack, x, y, self.args.eps, 0, rng,
                            self.args)
             seconds, (loss, _, _) = timed(take, self.device)
         else:
             take = textbook.trades_step if self.script is train_trades else textbook.pgdat_step
-            seconds, (_, loss) = timed(partial(take, *known, x, y, noise, self.args), self.device)
+            seconds, (_, loss) = timed(partial(take, *known, x, y, rng, self.args), self.device)
         self.seconds.append(seconds)
         return loss.item()
 

@@ -1,7 +1,7 @@
 """A training step of PGD-AT and one of TRADES, written from the papers and from what the public code does.
 
 Plain torch, and nothing of this project: the baseline that tools/bench.py times, and the reference that tests
-hold our steps against. x (B, 3, 32, 32) in [0, 1], y (B,); noise: the generator of the attack's start, None
+hold our steps against. x (B, 3, 32, 32) in [0, 1], y (B,); rng: the generator of the attack's start, None
 for torch's global one; args: the values of our scripts' flags. Both return x' (B, 3, 32, 32) and the loss ().
 """
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 
-def pgdat_step(model, optimizer, x, y, noise, args):
+def pgdat_step(model, optimizer, x, y, rng, args):
     """PGD-AT (Madry et al., 2018) as in the train_cifar.py of Pang et al.; standard training without attack.
 
     37 forwards an image with --bn-mode eval: every attack step computes weight gradients too, the attack ends
@@ -18,7 +18,7 @@ def pgdat_step(model, optimizer, x, y, noise, args):
     delta = torch.zeros_like(x)
     if args.attack == "pgd":
         model.train(args.bn_mode == "train")
-        delta = torch.empty_like(x).uniform_(-args.eps, args.eps, generator=noise)
+        delta = torch.empty_like(x).uniform_(-args.eps, args.eps, generator=rng)
         delta = (x + delta).clamp(0, 1) - x
         for _ in range(args.steps):
             delta.requires_grad_()
@@ -44,7 +44,7 @@ def pgdat_step(model, optimizer, x, y, noise, args):
     return x + delta, loss.detach()
 
 
-def trades_step(model, optimizer, x, y, noise, args):
+def trades_step(model, optimizer, x, y, rng, args):
     """TRADES (Zhang et al., 2019) as in AT_HE, with two passes in the loss.
 
     36 forwards an image: every attack step repeats the natural one.
@@ -53,7 +53,7 @@ def trades_step(model, optimizer, x, y, noise, args):
         return F.kl_div(F.log_softmax(adversarial, dim=1), F.softmax(natural, dim=1), reduction=reduction)
 
     model.train(args.bn_mode == "train")
-    x_adv = x + 0.001 * torch.empty_like(x).normal_(generator=noise)
+    x_adv = x + 0.001 * torch.empty_like(x).normal_(generator=rng)
     for _ in range(args.steps):
         x_adv.requires_grad_()
         adversarial = model(x_adv)
