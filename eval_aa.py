@@ -23,6 +23,7 @@ the batches out to N processes, with the same figures.
 """
 
 import argparse
+import datetime
 import hashlib
 import json
 import logging
@@ -33,24 +34,29 @@ from pathlib import Path
 import numpy as np
 import torch
 from pyautoattack import AutoAttack
+from tqdm import tqdm
 
 import models
 import utils
-from utils import InputError, evaluate, load_dataset, percent, to_float
+from utils import InputError, attack_mode, evaluate, load_dataset, percent, to_float
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack's standard version, in its order
-CLASSES = {"apgd-ce": 2, "apgd-dlr": 3, "fab": 2, "square": 2, "apgd-t": 10, "fab-t": 10}  # that they need
+# The classes that each attack needs, and about how many passes it makes per image, forward or backward.
+ATTACKS = {"apgd-ce": (2, 200), "apgd-dlr": (3, 200), "fab": (2, 1200), "square": (2, 5000),
+           "apgd-t": (4, 1800), "fab-t": (4, 2700)}
 # What decides an evaluation's figures: a result of another one is refused.
 IDENTITY = ("weights_sha256", "data_sha256", "model", "activation", "normalize", "n", "eps", "attacks",
             "seed", "precision", "batch_size")
+MISFIT = 0.2  # of batch norm's statistics: above it something is wrong; results/README.md has the figures
+NORMALISATIONS = (None, models.CIFAR_NORMALIZE, (models.CIFAR_NORMALIZE[0], (0.2023, 0.1994, 0.2010)),
+                  ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # the last one is ImageNet's
 
 
 def attack_list(text):
     """An argparse type: "standard", "none" or a comma-separated list of AutoAttack's attacks, as a tuple."""
     names = {"standard": STANDARD, "none": ()}.get(text, tuple(text.split(",")))
-    if not set(names) <= set(CLASSES) or len(set(names)) < len(names):
-        known = ",".join(CLASSES)
-        raise argparse.ArgumentTypeError(f"{text!r} is not standard, none, or a list out of {known}")
+    if not set(names) <= set(ATTACKS) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not standard, none, or a list of {','.join(ATTACKS)}")
     return names
 
 
@@ -76,7 +82,7 @@ def parse_args(argv=None):
     g.add_argument("--eps", type=utils.fraction,
                    help="L-inf radius on the [0, 1] scale; None means the run's, or 8/255")
     g.add_argument("--attacks", type=attack_list, default="standard",
-                   help=f"standard (AutoAttack), none, or a list out of {','.join(CLASSES)}, which is no AA")
+                   help=f"standard (AutoAttack), none, or a list out of {','.join(ATTACKS)}, which is no AA")
     g.add_argument("--stop-after", type=utils.number(1, kind=int), metavar="N",
                    help="stop after the batch with the N-th image; the command without this flag continues")
 
@@ -117,30 +123,39 @@ def locate(args):
     return target, args.out or target.with_name(name)
 
 
-def open_checkpoint(path):
-    """The dict in a checkpoint file: ours, {"state_dict": ...}, or a bare state dict made that.
+# ---- The checkpoint ----------------------------------------------------------------------------------------
 
-    A `module.` prefix (DataParallel) and the `sub_block1.*` keys of WideResNets, which no forward pass uses,
-    are dropped. Raises InputError for a file that cannot be read safely, or holds no state dict.
+
+def weights_in(loaded, path):
+    """The dict of tensors in a file: the file itself, or one of its values. (An optimiser's lie deeper.)"""
+    values = {"the file": loaded, **(loaded if isinstance(loaded, dict) else {})}
+    found = {name: v for name, v in values.items() if isinstance(v, dict) and v
+             and all(isinstance(tensor, torch.Tensor) for tensor in v.values())}
+    if len(found) != 1:
+        which = ", ".join(map(str, found))
+        raise InputError(f"{path} holds " + (f"several state dicts: save one of {which} in a file of its own"
+                                             if found else "no state dict"))
+    return found.popitem()[1]
+
+
+def rename(state, names, path):
+    """A state dict under the names that our model has, the last layer's last.
+
+    A prefix that all of them share, such as `module.` (DataParallel), is dropped, and so is what no layer
+    could hold: the buffers of a normalisation, counters.
     """
-    loaded = utils.load_checkpoint(path)
-    if isinstance(loaded, dict) and not isinstance(loaded.get("state_dict"), dict):
-        loaded = {"state_dict": loaded}
-    state = loaded["state_dict"] if isinstance(loaded, dict) else {}
-    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f"{path} holds no state dict")
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    loaded["state_dict"] = {k: v for k, v in state.items() if not k.startswith("sub_block1.")}
-    return loaded
-
-
-def sha256_of(state):
-    """SHA-256 of a state dict's tensors and their names."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        digest.update(key.encode())
-        digest.update(state[key].contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    prefixes = [k.removesuffix(names[-1]) for k in state if k.endswith(names[-1])]
+    prefix = max(prefixes, key=lambda p: sum(p + name in state for name in names), default="")
+    state = {k.removeprefix(prefix): v for k, v in state.items()}
+    # WideResNets from TRADES have a sub_block1 that no forward pass uses.
+    state = {k: v for k, v in state.items() if not k.startswith("sub_block1.")}
+    of_layers = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    others = {k: state.pop(k).flatten().tolist() for k in list(state) if k.split(".")[-1] not in of_layers}
+    triples = [f"{k} {v[0]:.4g} {v[1]:.4g} {v[2]:.4g}" for k, v in others.items() if len(v) == 3]
+    if others:
+        print(f"note: {path}: no layer holds {', '.join(others)}: ignored"
+              + (f". Are these what --mean and --std should be: {', '.join(triples)}?" if triples else ""))
+    return state
 
 
 def load_weights(model, state, path):
@@ -158,52 +173,83 @@ def load_weights(model, state, path):
         raise InputError(f"{path} holds NaN or infinite weights")
 
 
-def rebuild(args, path, checkpoint):
-    """(model, what it is) from a checkpoint of ours, which says it, or from --model and the rest."""
-    if "normalize" in checkpoint:
+def load_model(args, path):
+    """(model, what the result says of it, args of its training) from a checkpoint of ours, which tells what
+    it is, or from anyone's and --model.
+
+    Raises InputError if the file cannot be read safely, or does not fit the flags.
+    """
+    loaded = utils.load_checkpoint(path)
+    ours = {"state_dict": dict, "args": dict, "num_classes": int, "epoch": int}
+    if isinstance(loaded, dict) and all(isinstance(loaded.get(k), kind) for k, kind in ours.items()):
         for flag in ("model", "activation", "no_normalize", "mean"):
             if getattr(args, flag):
                 raise InputError(f"--{flag.replace('_', '-')} has no effect: {path} says what it is itself")
-        spec = {k: checkpoint["args"][k] for k in ("model", "activation")}
-        spec |= {"normalize": checkpoint["normalize"], "num_classes": checkpoint["num_classes"]}
+        trained, state, epoch = loaded["args"], loaded["state_dict"], loaded["epoch"]
+        spec = {**{k: trained[k] for k in ("model", "activation")},
+                **{k: loaded[k] for k in ("normalize", "num_classes")}}
     else:
+        state = weights_in(loaded, path)
         if args.model is None:
             raise InputError(f"{path} does not name its architecture: give --model (and --no-normalize if it "
                              "takes plain images)")
+        with torch.device("meta"):  # without memory, for the names alone
+            names = list(models.build(args.model).state_dict())
+        state = rename(state, names, path)
+        trained, epoch = {"dataset": "cifar10", "eps": 8 / 255}, None
         normalize = (args.mean, args.std) if args.mean else models.CIFAR_NORMALIZE
-        bias = list(checkpoint["state_dict"].values())[-1]  # of the last layer
         spec = {"model": args.model, "activation": args.activation or "relu",
-                "normalize": None if args.no_normalize else normalize, "num_classes": bias.numel()}
+                "normalize": None if args.no_normalize else normalize,
+                "num_classes": len(state.get(names[-1], range(10)))}  # the last layer's biases
     model = models.build(spec["model"], spec["num_classes"], spec["activation"], spec["normalize"])
-    load_weights(model, checkpoint["state_dict"], path)
-    return model.eval().requires_grad_(False), spec
+    load_weights(model, state, path)
+    return model.eval().requires_grad_(False), {**spec, "checkpoint": path.name, "epoch": epoch}, trained
 
 
-def load_subject(args, path, device):
-    """What is evaluated: (model, images, labels, what the result says of it).
+@torch.no_grad()
+def misfit(model, images):
+    """How far batch norm's running statistics are from what the network computes on images (N, 32, 32, 3)
+    uint8: about 0.1 in the function that was trained, more with another activation or normalisation.
 
-    Raises InputError if flags, checkpoint and data do not fit together.
+    The mean, over batches and over layers that have seen one, of the median over channels of
+    |log((v + eps) / (running v + eps))|, where v is the variance in the batch. None without such a layer.
     """
-    checkpoint = open_checkpoint(path)
-    model, about = rebuild(args, path, checkpoint)
-    trained = checkpoint["args"] if "normalize" in checkpoint else {"dataset": "cifar10", "eps": 8 / 255}
-    data_dir = args.data_dir or trained.get("data_dir", "data")
-    data = load_dataset(args.dataset or trained["dataset"], device, data_dir)
-    n, classes = args.n or len(data.test_labels), about["num_classes"]
-    if data.num_classes > classes:
-        raise InputError(f"{path} knows {classes} classes, but the data set has {data.num_classes}")
-    if few := [a for a in args.attacks if CLASSES[a] > classes]:
-        raise InputError(f"{few[0]} needs {CLASSES[few[0]]} classes: try --attacks apgd-ce,square")
-    if n > len(data.test_labels):
-        raise InputError(f"--n {n}: there are {len(data.test_labels):,} test images")
-    about |= {"checkpoint": path.name, "epoch": checkpoint.get("epoch"), "n": n,
-              "weights_sha256": sha256_of(checkpoint["state_dict"]), "data_sha256": data.sha256,
-              "eps": trained["eps"] if args.eps is None else args.eps, "attacks": args.attacks,
-              "seed": args.seed, "precision": args.precision,
-              "batch_size": args.batch_size or (500 if device.type == "cuda" else 250),
-              **utils.environment(device)}
-    model.to(device, memory_format=torch.channels_last)
-    return model, data.test_images[:n], data.test_labels[:n], json.loads(json.dumps(about))
+    logs = []
+
+    def compare(norm, inputs):
+        variance = inputs[0].transpose(0, 1).flatten(1).var(1)  # (C,)
+        logs.append(((variance + norm.eps) / (norm.running_var + norm.eps)).log().abs().median().item())
+
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    hooks = [m.register_forward_pre_hook(compare) for m in norms if (m.running_var != 1).any()]
+    for x in to_float(images).split(250):
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return round(sum(logs) / len(logs), 3) if logs else None
+
+
+def warn_of_misfit(model, images, value):
+    """Warn that the misfit is high, and name the normalisation under which it is lowest."""
+    given, tried = model.normalize, {}
+    for constants in NORMALISATIONS:
+        model.normalize = models.Normalize(*constants).to(images.device) if constants else torch.nn.Identity()
+        tried[misfit(model, images)] = constants
+    model.normalize, lowest = given, min(tried)
+    mean, std = (" ".join(map(str, triple)) for triple in tried[lowest] or ("", ""))
+    flags = f"--mean {mean} --std {std}" if mean else "--no-normalize"
+    print("warning: are model, activation and normalisation those of its training? Batch norm's statistics "
+          f"do not fit: misfit {value:.2f}, expected below {MISFIT}"
+          + (f"; with {flags} it is {lowest:.2f}" if lowest < 0.8 * value else ""))
+
+
+def sha256_of(tensors):
+    """SHA-256 of a dict's tensors and their names."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 # ---- The result --------------------------------------------------------------------------------------------
@@ -222,7 +268,8 @@ def open_result(path, about):
         with np.load(npz, allow_pickle=False) as file:
             flags = dict(file)
         result = json.loads(str(flags.pop("result")))
-        differ = [f"{k} was {result[k]}, is {about[k]}" for k in IDENTITY if result[k] != about[k]]
+        differ = [f"{k} was {result.get(k)}, is {about.get(k)}" for k in IDENTITY
+                  if result.get(k) != about.get(k)]
     except Exception:  # gone, damaged, an .npz of something else ...
         differ = [f"{npz} says nothing of it"]
     if differ:
@@ -246,7 +293,7 @@ def estimate(pgd10, robust, done):
 def report(path, result, flags):
     """Bring the figures up to date, write both files, each whole or not at all, and print the figures: clean
     82.16 / PGD-10 53.31 / AA 48.71 +- 0.45 (2,000 of 10,000 images)."""
-    n_done, attacks = int(flags["done"].sum()), result["attacks"]
+    n_done, attacks, classes = int(flags["done"].sum()), result["attacks"], result["num_classes"]
     figures = {a: estimate(flags["pgd10"], flags[a], flags["done"]) for a in attacks if n_done}
     aa, error = figures.get(STANDARD[-1], (None, None)) if tuple(attacks) == STANDARD else (None, None)
     result |= {k: percent(torch.from_numpy(flags[k])) for k in ("clean", "pgd10")}
@@ -258,17 +305,25 @@ def report(path, result, flags):
     text = f"clean {result['clean']:.2f} / PGD-10 {result['pgd10']:.2f}"
     if figures:
         value, error = figures[attacks[-1]]
-        text += f" / {'AA' if aa is not None else ','.join(attacks) + ' (not AA)'} {value:.2f}"
+        name = "AA" if classes >= 10 else f"AA, {classes - 1} targets"
+        text += f" / {name if aa is not None else ','.join(attacks) + ' (not AA)'} {value:.2f}"
         if not result["complete"]:
             text += f" +- {error:.2f} ({n_done:,} of {result['n']:,} images)"
-    print(text, flush=True)
+    say(text)
+
+
+def say(text):
+    """Print a line of its own, above the progress bar if there is one."""
+    with tqdm.external_write_mode():
+        print(text, flush=True)
 
 
 # ---- Attacks -----------------------------------------------------------------------------------------------
 
 
-def make_autoattack(model, eps, seed, device):
-    """AutoAttack's standard version on a model in any memory format."""
+def make_autoattack(model, eps, seed, device, targets=9):
+    """AutoAttack's standard version on a model in any memory format. targets: how many classes the targeted
+    attacks try."""
     def forward(x):  # AutoAttack calls .view on the gradient of x, which flat memory makes contiguous
         return model(x.flatten(1).unflatten(1, x.shape[1:]))
 
@@ -281,59 +336,87 @@ def make_autoattack(model, eps, seed, device):
 
     logging.getLogger("auto-attack").addFilter(once)
     torch.backends.cudnn.benchmark = False  # batches shrink as images are broken
-    return AutoAttack(forward, norm="Linf", eps=eps, seed=seed, version="standard", device=device)
+    aa = AutoAttack(forward, norm="Linf", eps=eps, seed=seed, version="standard", device=device)
+    aa.apgd_targeted.n_target_classes = aa.fab.n_target_classes = targets
+    return aa
 
 
 def withstood(aa, attacks, x, y):
-    """Which images of a batch withstand each attack and those before it: {attack: (B,) bool}.
+    """Yields (attack, which images of the batch withstand it and those before it), (B,) bool.
 
     x (B, 3, 32, 32) in [0, 1], y (B,).
     """
     with torch.no_grad():
         robust = aa.get_logits(x).argmax(1) == y
-    flags = {}
     for attack in attacks:
         index = robust.nonzero().squeeze(1)
         if len(index):  # the package raises where there is no image
             aa.attacks_to_run = [attack]
             _, predicted = aa.run_standard_evaluation(x[index], y[index], batch_size=len(index))
             robust[index] = predicted == y[index]
-        flags[attack] = robust.clone()
-    return flags
+        yield attack, robust.clone()
 
 
-def run_autoattack(aa, images, labels, result, flags, stop_after, path):
-    """Send the batches that are not done through all attacks; report after each round of the processes."""
-    n, size, attacks = result["n"], result["batch_size"], result["attacks"]
-    starts = [i for i in range(0, min(n, stop_after or n), size) if not flags["done"][i]]
-    rounds = [starts[i : i + utils.WORLD] for i in range(0, len(starts), utils.WORLD)]
-    for of_all in utils.progress(rounds, "AutoAttack", len(rounds)):
-        began = time.time()
-        new = torch.zeros(len(attacks) + 1, n, dtype=torch.bool, device=labels.device)
-        for i in of_all[utils.RANK : utils.RANK + 1]:
-            batch = slice(i, i + size)
-            x = to_float(images[batch]).contiguous()
-            new[:-1, batch] = torch.stack(list(withstood(aa, attacks, x, labels[batch]).values()))
-            new[-1, batch] = True
-        for name, values in zip((*attacks, "done"), utils.sum_over_processes(new).cpu().numpy()):
-            flags[name] |= values
-        result["seconds"]["autoattack"] = round(result["seconds"]["autoattack"] + time.time() - began, 1)
+def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch_size=250, stop_after=None,
+               about=None):
+    """Clean, PGD-10 and AutoAttack accuracy of any module from x (B, 3, 32, 32) in [0, 1] to logits (B, K).
+
+    images (N, 32, 32, 3) uint8 and labels (N,) int64 on the model's device; eps on the [0, 1] scale; path:
+    the result's .json, which is written after every batch with the .npz beside it, and from which a second
+    call goes on; attacks: names out of ATTACKS; stop_after: end after the batch with that image; about: what
+    else the result says. Returns the result, a dict. Raises InputError if an attack needs more classes, or if
+    the files are of another evaluation.
+    """
+    path, device, total = Path(path), images.device, len(labels)
+    with utils.lock(path.parent, f".{path.stem}.lock"), attack_mode(model, "eval"):
+        with torch.no_grad():
+            classes = model(to_float(images[:1])).shape[1]
+        if any(ATTACKS[a][0] > classes for a in attacks):
+            fewer = ",".join(a for a, (needed, _) in ATTACKS.items() if needed <= classes)
+            raise InputError(f"{classes} classes are too few for {','.join(attacks)}: try --attacks {fewer}")
+        about = {"weights_sha256": sha256_of(model.state_dict()), "num_classes": classes, "n": total,
+                 "data_sha256": sha256_of({"images": images, "labels": labels}), "eps": eps,
+                 "attacks": attacks, "seed": seed, "batch_size": batch_size, **utils.environment(device),
+                 **(about or {})}
+        result, flags = open_result(path, json.loads(json.dumps(about)))
+        if not flags:
+            began = time.time()
+            pgd10 = evaluate(model, images, labels, eps, seed=seed, batch_size=batch_size, shard=utils.SHARD)
+            flags = dict(zip(("clean", "pgd10"), utils.sum_over_processes(pgd10).cpu().numpy()))
+            flags |= {name: np.zeros(total, dtype=bool) for name in (*attacks, "done")}
+            result["seconds"]["pgd10"] = round(time.time() - began, 1)
         report(path, result, flags)
+        aa = make_autoattack(model, eps, seed, device, min(9, classes - 1))
+        end = min(total, stop_after or total) if attacks else 0
+        starts = [i for i in range(0, end, batch_size) if not flags["done"][i]]
+        rounds = [starts[i : i + utils.WORLD] for i in range(0, len(starts), utils.WORLD)]
+        for of_all in utils.progress(rounds, "AutoAttack", len(rounds)):
+            began = time.time()
+            new = torch.zeros(len(attacks) + 1, total, dtype=torch.bool, device=device)
+            for i in of_all[utils.RANK : utils.RANK + 1]:
+                batch = slice(i, i + batch_size)
+                x, y = to_float(images[batch]).contiguous(), labels[batch]
+                for k, (attack, robust) in enumerate(withstood(aa, attacks, x, y)):
+                    new[k, batch] = robust
+                    if k == 0 and of_all is rounds[0]:
+                        forecast(attacks, time.time() - began, robust, len(rounds))
+                new[-1, batch] = True
+            for name, values in zip((*attacks, "done"), utils.sum_over_processes(new).cpu().numpy()):
+                flags[name] |= values
+            result["seconds"]["autoattack"] = round(result["seconds"]["autoattack"] + time.time() - began, 1)
+            report(path, result, flags)
+    if result["aa"] is not None:
+        show_late(flags)
+    return result
 
 
-def warn_if_normalised_otherwise(model, images, labels):
-    """Warn if a checkpoint from elsewhere is right more often when its input is normalised the other way."""
-    def accuracy(normalize):
-        model.normalize = normalize.to(images.device)
-        return percent(evaluate(model, images[:1000], labels[:1000], eps=0, steps=0)[0])
-
-    given = model.normalize
-    plain = isinstance(given, torch.nn.Identity)
-    other = models.Normalize(*models.CIFAR_NORMALIZE) if plain else torch.nn.Identity()
-    otherwise, as_given = accuracy(other), accuracy(given)
-    if otherwise > as_given + 2:
-        print(f"warning: {'without' if plain else 'with'} --no-normalize {otherwise:.2f} % of the first "
-              f"images are classified right, like this {as_given:.2f} %: is the normalisation right?")
+def forecast(attacks, seconds, robust, rounds):
+    """Say how long everything will take, when the first attack on the first batch has shown it."""
+    passes = [ATTACKS[a][1] for a in attacks]
+    share = robust.sum().item() / len(robust)  # of the images, which the other attacks see
+    total = rounds * seconds / passes[0] * (passes[0] + share * sum(passes[1:]))
+    say(f"{attacks[0]} took {seconds:.0f} s for the first {len(robust)} images; in all this takes about "
+        f"{datetime.timedelta(seconds=round(total))}")
 
 
 def show_late(flags):
@@ -348,25 +431,26 @@ def main():
     args = parse_args()
     device = utils.start_device(args)
     path, out = locate(args)
-    model, images, labels, about = load_subject(args, path, device)
-    print(f"{path}: {about['model']}, {len(labels):,} test images, eps {255 * about['eps']:.4g}/255")
-    utils.lock(out.parent, f".{out.stem}.lock")
-    result, flags = open_result(out, about)
-    if not flags:
-        began = time.time()
-        pgd10 = evaluate(model, images, labels, result["eps"], seed=args.seed,
-                         batch_size=result["batch_size"], shard=utils.SHARD)
-        flags = dict(zip(("clean", "pgd10"), utils.sum_over_processes(pgd10).cpu().numpy()))
-        flags |= {name: np.zeros(len(labels), dtype=bool) for name in (*args.attacks, "done")}
-        result["seconds"]["pgd10"] = round(time.time() - began, 1)
-        if args.model:
-            warn_if_normalised_otherwise(model, images, labels)
-    report(out, result, flags)
-    if args.attacks:
-        aa = make_autoattack(model, result["eps"], args.seed, device)
-        run_autoattack(aa, images, labels, result, flags, args.stop_after, out)
-        if result["aa"] is not None:
-            show_late(flags)
+    model, about, trained = load_model(args, path)
+    dataset = args.dataset or trained["dataset"]
+    data = load_dataset(dataset, device, args.data_dir or trained.get("data_dir", "data"))
+    n, eps = args.n or len(data.test_labels), trained["eps"] if args.eps is None else args.eps
+    if data.num_classes != about["num_classes"]:
+        raise InputError(f"{path} knows {about['num_classes']} classes, but the data set has "
+                         f"{data.num_classes}")
+    if n > len(data.test_labels):
+        raise InputError(f"--n {n}: there are {len(data.test_labels):,} test images")
+    print(f"{path}: {about['model']}, {n:,} test images, eps {255 * eps:.4g}/255")
+    model.to(device, memory_format=torch.channels_last)
+    about |= {"data_sha256": data.sha256, "precision": args.precision}
+    if args.model:
+        first = data.test_images[:1000]
+        about["misfit"] = misfit(model, first)
+        if (about["misfit"] or 0) > MISFIT and dataset in ("cifar10", "cifar100"):  # not on one's own data
+            warn_of_misfit(model, first, about["misfit"])
+    size = args.batch_size or (500 if device.type == "cuda" else 250)
+    autoattack(model, data.test_images[:n], data.test_labels[:n], eps, out, args.attacks, args.seed, size,
+               args.stop_after, about)
     print(f"written to {out}")
 
 

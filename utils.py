@@ -22,6 +22,7 @@ import platform
 import re
 import subprocess
 import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -745,7 +746,7 @@ def show_epoch(args, log):
 # Files. last.pt is the run: its setting, log and state. It is written first, and --resume writes best.pt and
 # log.jsonl again, so that they agree with it whenever a run was killed.
 
-LOCKS = []  # open files: each is locked until it is closed
+LOCKS = []  # files that are open, and locked, until the script ends
 ONLY_IN_LAST = ("model", "optimizer")  # not in best.pt
 
 
@@ -761,7 +762,7 @@ def start_or_resume(args, saved, defaults):
     now = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]],
            **environment(next(saved["state_dict"].parameters()).device)}
     saved |= {"args": vars(args), **now, "resumed": []}
-    lock(out)
+    LOCKS.append(lock(out))
     found = any((out / name).exists() for name in ("last.pt", "best.pt", "log.jsonl"))
     sum_over_processes(torch.zeros(1))  # every process has looked before the first one writes
     if found and not args.resume:
@@ -831,14 +832,22 @@ def write_best_and_log(out, checkpoint):
 
 
 def load_checkpoint(path):
-    """What torch.save wrote, on the CPU. Raises InputError if the file is damaged, or holds more than tensors
-    and plain values: unpickling it could run code."""
+    """What torch.save wrote, on the CPU. Raises InputError, with the reason, if the file is damaged, or holds
+    more than tensors and plain values: unpickling it could run code."""
     try:
+        with open(path, "rb") as file:
+            head = file.read(100).strip()
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"the checksum of {part} is wrong")  # torch.load does not look
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path}") from None
+    except OSError as e:
+        raise InputError(f"{path} cannot be read: {e.strerror}") from None
     except Exception as e:
-        raise InputError(f"{path} cannot be read as a checkpoint: {e}") from None
+        foreign = re.search(r"GLOBAL (\S+)", str(e))
+        reason = ("it is empty" if not head else "it is a web page" if head.startswith(b"<") else
+                  f"it holds an object of {foreign[1]}, which could run code: save the state dict alone"
+                  if foreign else "it is damaged, or no file of torch.save")
+        raise InputError(f"{path} cannot be read as a checkpoint: {reason}") from None
 
 
 def write_json(path, value):
@@ -859,14 +868,16 @@ def write_whole(path, write):
 
 
 def lock(folder, name=".lock"):
-    """Make the folder and lock it until the script ends. Raises InputError if another one has locked it."""
+    """Make the folder and lock it. Returns the file that holds the lock until it is closed. Raises InputError
+    if another process has locked it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    LOCKS.append(open(Path(folder, name), "w"))
+    file = open(Path(folder, name), "w")
     try:
         if RANK == 0:
-            fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"another process is working in {folder}") from None
+    return file
 
 
 def environment(device):

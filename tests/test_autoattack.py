@@ -3,6 +3,8 @@
 import json
 import logging
 import random
+import re
+from pathlib import Path
 
 import numpy as np
 import pyautoattack
@@ -36,7 +38,8 @@ def shortened(aa):
     return aa
 
 
-def test_flags_are_those_of_autoattacks_own_call_on_the_same_batches(tmp_path):
+def test_flags_are_those_of_autoattacks_own_call_on_the_same_batches(tmp_path, monkeypatch, capsys):
+    """With any module; a second call goes on where the first one was stopped."""
     model, size = Quadratic(), (14, 4, 4, 3)
     images = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     images = images.repeat_interleave(8, 1).repeat_interleave(8, 2)
@@ -50,14 +53,60 @@ def test_flags_are_those_of_autoattacks_own_call_on_the_same_batches(tmp_path):
         want += (model(x_adv).argmax(1) == labels[batch]).tolist()
     assert 0 < sum(want) < 13
 
-    result = {"n": 14, "batch_size": BATCH, "attacks": list(eval_aa.STANDARD), "seconds": {"autoattack": 0}}
-    flags = {name: np.zeros(14, dtype=bool) for name in (*eval_aa.STANDARD, "done", "clean", "pgd10")}
-    aa = shortened(eval_aa.make_autoattack(model, EPS, 0, "cpu"))
-    eval_aa.run_autoattack(aa, images, labels, result, flags, None, tmp_path / "result.json")
+    make, path = eval_aa.make_autoattack, tmp_path / "mine.json"
+    monkeypatch.setattr(eval_aa, "make_autoattack", lambda *args: shortened(make(*args)))
+    part = eval_aa.autoattack(model, images, labels, EPS, path, batch_size=BATCH, stop_after=3)
+    assert part["n_done"] == 5 and not part["complete"] and part["aa_error"] > 0
+    assert re.search(r"apgd-ce took \d+ s for the first 5 images; in all this takes about 0:00:",
+                     capsys.readouterr().out)
+    result = eval_aa.autoattack(model, images, labels, EPS, path, batch_size=BATCH)
+    flags = np.load(path.with_suffix(".npz"))
     assert flags["square"].tolist() == want and flags["done"].all()
     left = [flags[a].sum() for a in eval_aa.STANDARD]
     assert left == sorted(left, reverse=True) and left[0] > left[-1]
     assert result["aa"] == round(100 * sum(want) / 14, 2) and result["aa_error"] == 0 and result["complete"]
+    with pytest.raises(utils.InputError, match="mine.json is of another evaluation .data_sha256 was"):
+        eval_aa.autoattack(model, images, labels.roll(1), EPS, path, batch_size=BATCH)
+
+
+class Few(Quadratic):
+    """Quadratic's first K classes."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, x):
+        return super().forward(x)[:, : self.classes]
+
+
+@pytest.mark.parametrize("classes", (4, 5))
+def test_with_few_classes_the_targeted_attacks_try_all_others(classes, tmp_path, monkeypatch, capsys):
+    make, targets = eval_aa.make_autoattack, []
+
+    def spy(*args):
+        aa = shortened(make(*args))
+        targets.extend((aa.apgd_targeted.n_target_classes, aa.fab.n_target_classes))
+        return aa
+
+    monkeypatch.setattr(eval_aa, "make_autoattack", spy)
+    images = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
+    labels = Few(classes)(utils.to_float(images)).argmax(1)
+    aa = eval_aa.autoattack(Few(classes), images, labels, EPS, tmp_path / "x.json")["aa"]
+    assert targets == [classes - 1, classes - 1]
+    assert f" / AA, {classes - 1} targets {aa:.2f}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("classes, advice", ((2, "apgd-ce,fab,square"), (3, "apgd-ce,apgd-dlr,fab,square")))
+def test_with_two_or_three_classes_standard_names_what_works(classes, advice, tmp_path, monkeypatch):
+    make, model = eval_aa.make_autoattack, Few(classes)
+    monkeypatch.setattr(eval_aa, "make_autoattack", lambda *args: shortened(make(*args)))
+    images = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
+    labels = model(utils.to_float(images)).argmax(1)
+    with pytest.raises(utils.InputError, match=f"{classes} classes are too few .*: try --attacks {advice}$"):
+        eval_aa.autoattack(model, images, labels, EPS, tmp_path / "x.json")
+    result = eval_aa.autoattack(model, images, labels, EPS, tmp_path / "x.json", attacks=advice.split(","))
+    assert result["complete"] and result["aa"] is None
 
 
 def test_no_attack_is_called_on_a_batch_without_survivors_and_a_channels_last_model_is_attacked():
@@ -67,8 +116,8 @@ def test_no_attack_is_called_on_a_batch_without_survivors_and_a_channels_last_mo
     x = utils.to_float(torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)).contiguous()
     y = model(x).argmax(1)
     aa = eval_aa.make_autoattack(model, 8 / 255, 0, "cpu")
-    assert eval_aa.withstood(aa, ["apgd-ce"], x, y)["apgd-ce"].shape == (4,)
-    wrong = eval_aa.withstood(aa, ["apgd-ce", "square"], x, (y + 1) % 10)
+    assert dict(eval_aa.withstood(aa, ["apgd-ce"], x, y))["apgd-ce"].shape == (4,)
+    wrong = dict(eval_aa.withstood(aa, ["apgd-ce", "square"], x, (y + 1) % 10))
     assert not wrong["apgd-ce"].any() and not wrong["square"].any()
 
 
@@ -174,21 +223,17 @@ def test_other_weights_are_refused_until_the_result_is_deleted(script, checkpoin
         assert name in err
         (checkpoint / name).unlink()
     assert script(eval_aa, *argv)[0] == 0 and script(eval_aa, *argv)[0] == 0
-    state = models.build("tiny").state_dict()
-    torch.save({**state, "conv1.weight": state["conv1.weight"] * float("nan")}, "tiny.pt")
-    status, _, err = script(eval_aa, *argv)
-    assert status == 2 and "NaN or infinite weights" in err
     status, _, err = script(eval_aa, "tiny.pt", "--dataset", "small.npz")
     assert status == 2 and "does not name its architecture: give --model" in err
     status, _, err = script(eval_aa, ".")
-    assert status == 2 and "no such file: best.pt" in err
+    assert status == 2 and "best.pt cannot be read: No such file" in err
 
 
-def test_anyones_checkpoint_and_a_warning_where_another_normalisation_does_better(script, checkpoint):
+def test_anyones_checkpoint_is_normalised_as_the_flags_say(script, checkpoint):
     data = utils.load_dataset("small.npz")
     x = utils.to_float(data.test_images)
-    model = models.build("tiny").eval()
-    model.load_state_dict(eval_aa.open_checkpoint("tiny.pt")["state_dict"])
+    model, _, _ = eval_aa.load_model(eval_aa.parse_args(TINY), Path("tiny.pt"))
+    model.normalize = torch.nn.Identity()
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.2, 0.1])
     normalised = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     for i, (flags, shown) in enumerate([
@@ -198,13 +243,6 @@ def test_anyones_checkpoint_and_a_warning_where_another_normalisation_does_bette
         result = json.loads((checkpoint / f"{i}.json").read_text())
         assert result["clean"] == utils.percent(model(shown).argmax(1) == data.test_labels)
         assert result["eps"] == 8 / 255 and result["precision"] == "fp32"
-    labels = model(x).argmax(1).numpy()  # all right without normalisation
-    arrays = dict(np.load("small.npz"))
-    np.savez("small.npz", **{**arrays, "test_labels": labels})
-    out = script(eval_aa, *TINY, "--attacks", "none", "--out", "2.json")[1]
-    assert "warning: with --no-normalize 100.00 %" in out
-    out = script(eval_aa, *TINY, "--no-normalize", "--attacks", "none", "--out", "3.json")[1]
-    assert "warning" not in out
 
 
 def test_images_that_only_fab_and_square_break_are_named(capsys):

@@ -1,6 +1,8 @@
 """Checkpoint files: what is read, what is refused, and that a crash leaves the old one."""
 
+import argparse
 import os
+import re
 import sys
 
 import pytest
@@ -12,14 +14,56 @@ import models
 import utils
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s},
-                                  lambda s: {"state_dict": s, "epoch": 3},
-                                  lambda s: {f"module.{k}": v for k, v in s.items()}])
+def load(path, model="tiny"):
+    return eval_aa.load_model(eval_aa.parse_args([str(path), "--model", model]), path)
+
+
+def prefixed(prefix, **more):
+    return lambda s: {**more, **{f"{prefix}{k}": v for k, v in s.items()}}
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"net": s, "acc": 1.0},
+    lambda s: {"model_state_dict": s, "optimizer": {"state": {0: {"momentum": torch.ones(2)}}}},
+    lambda s: {"state_dict": s, "normalize": True}, lambda s: dict(sorted(s.items())),
+    prefixed("module."), prefixed("1."), prefixed("module.1."), prefixed("_orig_mod."),
+    prefixed("module.", n_averaged=torch.tensor(7)), prefixed("model.", mu=torch.ones(1, 3, 1, 1)),
+    lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
+    lambda s: {**s, "sub_block1.layer.0.bn1.weight": torch.ones(3)}])
 def test_forms_that_are_read(tmp_path, wrap):
-    state = models.build("tiny").state_dict()
+    state = models.build("tiny", num_classes=7).state_dict()
     torch.save(wrap(state), tmp_path / "c.pt")
-    loaded = eval_aa.open_checkpoint(tmp_path / "c.pt")["state_dict"]
+    model, about, _ = load(tmp_path / "c.pt")
+    loaded = model.state_dict()
     assert list(loaded) == list(state) and all(torch.equal(loaded[k], state[k]) for k in state)
+    assert about["num_classes"] == 7
+
+
+def test_what_no_layer_holds_is_named_and_three_values_are_shown(tmp_path, capsys):
+    more = {"mu": torch.tensor([0.5, 0.4, 0.3]), "sd": torch.full((3, 1, 1), 0.25), "n": torch.tensor(9)}
+    torch.save(prefixed("1.", **more)(models.build("tiny").state_dict()), tmp_path / "c.pt")
+    load(tmp_path / "c.pt")
+    assert capsys.readouterr().out.endswith(
+        "c.pt: no layer holds mu, sd, n: ignored. Are these what --mean and --std should be: "
+        "mu 0.5 0.4 0.3, sd 0.25 0.25 0.25?\n")
+
+
+UNEXPECTED, MISSING = "Unexpected key(s) in state_dict: ", "Missing key(s) in state_dict: "
+
+
+@pytest.mark.parametrize("wrap, problem", [
+    (lambda s: {"net": s, "ema": s}, "several state dicts: save one of net, ema in a file of its own"),
+    (lambda s: {"optimizer": {"state": s}}, "holds no state dict"),
+    (lambda s: {**prefixed("a.")(s), **prefixed("b.")(s)}, f'{UNEXPECTED}"b.conv1.weight'),
+    (lambda s: {**s, "layer1.0.shortcut.1.weight": torch.ones(3)}, f'{UNEXPECTED}"layer1.0.shortcut.1'),
+    (lambda s: prefixed("a.")({k: v for k, v in s.items() if k != "conv1.weight"}), f'{MISSING}"conv1'),
+    (lambda s: {k: v for k, v in s.items() if k != "linear.bias"}, f'{MISSING}"linear.bias'),
+    (lambda s: {**s, "conv1.weight": torch.zeros(64, 3, 3, 3)}, "size mismatch for conv1.weight"),
+    (lambda s: {**s, "linear.bias": s["linear.bias"] + float("nan")}, "NaN or infinite weights")])
+def test_other_forms_and_architectures_are_refused_by_what_differs_first(tmp_path, wrap, problem):
+    torch.save(wrap(models.build("tiny").state_dict()), tmp_path / "c.pt")
+    with pytest.raises(utils.InputError, match=rf"c\.pt .*{re.escape(problem)}"):
+        load(tmp_path / "c.pt")
 
 
 class Malicious:
@@ -34,24 +78,36 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
     for name, value in (("bare.pt", Malicious(tmp_path / "x")),
                         ("inside.pt", {"state_dict": {}, "args": Malicious(tmp_path / "x")})):
         torch.save(value, tmp_path / name)
-        with pytest.raises(utils.InputError, match=f"{name} cannot be read"):
+        with pytest.raises(utils.InputError, match=f"{name} cannot be read as a checkpoint: .*mkdir"):
             utils.load_checkpoint(tmp_path / name)
     assert not (tmp_path / "x").exists()
 
 
-def test_damaged_and_alien_files_are_refused(tmp_path):
+def test_a_file_that_cannot_be_read_says_why_in_a_line(tmp_path):
+    torch.save({"state_dict": models.build("tiny").state_dict(), "args": argparse.Namespace(lr=1)},
+               tmp_path / "namespace.pt")
     torch.save(models.build("tiny").state_dict(), tmp_path / "whole.pt")
     whole = (tmp_path / "whole.pt").read_bytes()
-    for keep in (0, 100, len(whole) // 2, len(whole) - 20):
-        (tmp_path / f"cut{keep}.pt").write_bytes(whole[:keep])
-    (tmp_path / "text.pt").write_text("hello, world")
+    hole = len(whole) // 2
+    contents = {"empty": b"", "page": b"\n<!DOCTYPE html>", "text": b"hello, world", "cut": whole[:-20],
+                "zeros": whole[:hole] + bytes(200) + whole[hole + 200:]}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.pt").write_bytes(content)
     (tmp_path / "folder.pt").mkdir()
-    for i, value in enumerate(([1, 2], None, {}, {"epoch": 1}, {"state_dict": {"epoch": 1}})):
-        torch.save(value, tmp_path / f"alien{i}.pt")
-    (tmp_path / "whole.pt").unlink()
-    for path in (*tmp_path.iterdir(), tmp_path / "missing.pt"):
-        with pytest.raises(utils.InputError, match=path.name):
-            eval_aa.open_checkpoint(path)
+    for name, reason in {"namespace": "holds an object of argparse.Namespace, .* save the state dict alone",
+                         "empty": "it is empty", "page": "it is a web page", "text": "it is damaged, or no",
+                         "cut": "it is damaged", "zeros": "it is damaged", "folder": "Is a directory",
+                         "missing": "No such file"}.items():
+        with pytest.raises(utils.InputError, match=rf"{name}\.pt cannot be read.* {reason}") as e:
+            utils.load_checkpoint(tmp_path / f"{name}.pt")
+        assert len(str(e.value).splitlines()) == 1 and "weights_only" not in str(e.value)
+
+
+@pytest.mark.parametrize("value", ([1, 2], None, {}, {"epoch": 1}, {"state_dict": {"epoch": 1}}))
+def test_a_file_of_something_else_is_refused(tmp_path, value):
+    torch.save(value, tmp_path / "alien.pt")
+    with pytest.raises(utils.InputError, match="alien.pt holds no state dict"):
+        load(tmp_path / "alien.pt")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -79,16 +135,3 @@ def test_a_full_disk_ends_in_one_line(tmp_path, small_npz):
     done = spawn("bash", "-c", f"ulimit -f 600; {train} --out {tmp_path}/run")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("File too large"), done.stderr
     assert not (tmp_path / "run" / "last.pt").exists()
-
-
-def test_weights_of_another_architecture_or_not_finite_are_refused_by_their_first_key():
-    """That old checkpoints, as before torch 0.4.1, count no batches is no difference."""
-    state = models.build("tiny").state_dict()
-    old = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-    eval_aa.load_weights(models.build("tiny"), old, "x.pt")
-    wrn = {"conv1.weight": torch.zeros(16, 3, 3, 3), "fc.bias": torch.zeros(10)}
-    nan = {**state, "linear.bias": state["linear.bias"] + float("nan")}
-    for other, problem in ((wrn, r'another architecture: .*"layer1.0.bn1.weight'), (nan, "NaN or infinite"),
-                           (models.build("tiny", 100).state_dict(), r"mismatch for linear.weight.*\[100, ")):
-        with pytest.raises(utils.InputError, match=f"x.pt .*{problem}"):
-            eval_aa.load_weights(models.build("tiny"), other, "x.pt")
