@@ -447,7 +447,7 @@ def main():
         first = data.test_images[:1000]
         about["misfit"] = misfit(model, first)
         if (about["misfit"] or 0) > MISFIT and dataset in ("cifar10", "cifar100"):  # not on one's own data
-            warn_of_misfit(model, first, about["misfit"])
+            warn_of_misfit(model, first[:250], about["misfit"])
     size = args.batch_size or (500 if device.type == "cuda" else 250)
     autoattack(model, data.test_images[:n], data.test_labels[:n], eps, out, args.attacks, args.seed, size,
                args.stop_after, about)

@@ -1,17 +1,23 @@
 """Checkpoint files: what is read, what is refused, and that a crash leaves the old one."""
 
 import argparse
+import json
+import math
 import os
 import re
+import statistics
 import sys
 
 import pytest
 import torch
-from conftest import spawn
+from conftest import ROOT, spawn
 
 import eval_aa
 import models
+import train_pgdat
 import utils
+
+MINI = ROOT / "data" / "cifar10_mini.npz"
 
 
 def load(path, model="tiny"):
@@ -64,6 +70,69 @@ def test_other_forms_and_architectures_are_refused_by_what_differs_first(tmp_pat
     torch.save(wrap(models.build("tiny").state_dict()), tmp_path / "c.pt")
     with pytest.raises(utils.InputError, match=rf"c\.pt .*{re.escape(problem)}"):
         load(tmp_path / "c.pt")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """State dicts of two tiny networks after three epochs of standard training: ReLU, Softplus with beta 1."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.ACTIVATIONS, "softplus", torch.nn.Softplus)
+        for activation in ("relu", "softplus"):
+            argv = ["--model", "tiny", "--dataset", str(MINI), "--n-train", "1000", "--attack", "none",
+                    "--epochs", "3", "--batch-size", "50", "--lr-schedule", "onecycle", "--eval-from", "3",
+                    "--activation", activation, "--out", str(folder / activation)]
+            patch.setattr(sys, "argv", ["train_pgdat.py", *argv])
+            train_pgdat.main()
+            utils.LOCKS.clear()
+            state = utils.load_checkpoint(folder / activation / "last.pt")["state_dict"]
+            torch.save(state, folder / f"{activation}.pt")
+    return folder
+
+
+def raw_shortcut(block, x):
+    """A pre-activation block whose projection sees its input, not the activated one."""
+    shortcut = x if block.shortcut is None else block.shortcut(x)
+    out = block.conv1(block.act(block.bn1(x)))
+    return block.conv2(block.act(block.bn2(out))) + shortcut
+
+
+NARROW = "--mean", "0.4914", "0.4822", "0.4465", "--std", "0.2023", "0.1994", "0.2010"
+REMEDY = "; with --mean 0.4914 0.4822 0.4465 --std 0.2471 0.2435 0.2616 it is 0.0"
+
+
+@pytest.mark.parametrize("name, flags, expected", [
+    ("relu", (), None), ("relu", NARROW, REMEDY), ("relu", ("--no-normalize",), REMEDY),
+    ("relu", ("--activation", "leakyrelu"), ""), ("softplus", ("--activation", "softplus"), ""), ("relu", "raw", "")])
+def test_batch_norm_tells_of_another_function_on_named_data(
+        trained, tmp_path, script, monkeypatch, name, flags, expected):
+    data = utils.load_dataset(str(MINI))
+    monkeypatch.setattr(eval_aa, "load_dataset", lambda *args: data)
+    if flags == "raw":
+        flags = ()
+        monkeypatch.setattr(models.PreActBlock, "forward", raw_shortcut)
+    argv = trained / f"{name}.pt", "--model", "tiny", *flags, "--attacks", "none", "--n", 10
+    status, out, err = script(eval_aa, *argv, "--out", tmp_path / "r.json")
+    value = json.loads((tmp_path / "r.json").read_text())["misfit"]
+    assert status == 0 and (value > 0.25 if expected is not None else value < 0.15), (value, err)
+    assert ("warning" in out) == (expected is not None)
+    assert expected is None or f"do not fit: misfit {value:.2f}, expected below 0.2{expected}" in out
+    out = script(eval_aa, *argv, "--dataset", MINI, "--out", tmp_path / "npz.json")[1]  # one's own data differ
+    assert "warning" not in out and json.loads((tmp_path / "npz.json").read_text())["misfit"] == value
+
+
+def test_the_misfit_by_hand(monkeypatch):
+    """Of two batches, and without the layer that has seen none."""
+    monkeypatch.setattr(torch.Tensor, "split", lambda x, n: x.chunk(2))
+    used, unused = torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+    used.running_var.copy_(torch.tensor([0.05, 0.2, 0.04]))
+    images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
+    values = [abs(math.log((batch[:, c].var().item() + 1e-5) / (v + 1e-5)))
+              for batch in utils.to_float(images).chunk(2) for c, v in enumerate((0.05, 0.2, 0.04))]
+    want = statistics.mean(statistics.median(part) for part in (values[:3], values[3:]))
+    model = torch.nn.Sequential(used, unused).eval()
+    assert eval_aa.misfit(model, images) == pytest.approx(want, abs=6e-4) and want > 0.1
+    assert eval_aa.misfit(unused.eval(), images) is None
 
 
 class Malicious:
