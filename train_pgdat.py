@@ -8,8 +8,8 @@
 
 Every step perturbs the batch with a 10-step L-inf PGD attack (Madry et al., 2018) and then takes an optimiser
 step on the loss of the perturbed images. The defaults are the paper's "default setting" (Section 3), whose
-ResNet-18 is our preactresnet-18. The README's table of deviations says what the paper leaves open. A run
-writes args.json, log.jsonl, last.pt and best.pt to its folder; `python eval_aa.py FOLDER` evaluates it.
+ResNet-18 is our preactresnet-18. docs/deviations.md says what the paper leaves open. A run writes args.json,
+log.jsonl, last.pt and best.pt to its folder; `python eval_aa.py FOLDER` evaluates it.
 
 Cost per image and epoch, in forward passes, of which a backward pass to the inputs costs one, and one to the
 weights another: 21 in the attack (20 with --bn-mode eval), 3 in the update, 2 in the clean passes.
