@@ -451,7 +451,8 @@ def main():
     size = args.batch_size or (500 if device.type == "cuda" else 250)
     autoattack(model, data.test_images[:n], data.test_labels[:n], eps, out, args.attacks, args.seed, size,
                args.stop_after, about)
-    print(f"written to {out}")
+    print(f"written to {out}" + (f", of the first {n:,} of {len(data.test_labels):,} test images"
+                                 if n < len(data.test_labels) else ""))
 
 
 if __name__ == "__main__":

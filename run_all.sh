@@ -33,8 +33,8 @@ row() { ids+=("$1") figures+=("$2") commands+=("${*:3}") evaluations+=("${evalua
 same() { row "$1" "$2" "= $3"; }
 
 # Not in the paper: they show that everything works, on the embedded data.
-evaluate="--n 100" row quickstart        -/-/- train_pgdat.py --model tiny --dataset data/cifar10_mini.npz --bn-mode eval --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle
-evaluate="--n 100" row quickstart-trades -/-/- train_trades.py --model tiny --dataset data/cifar10_mini.npz --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle
+evaluate="--n 100 --batch-size 20" row quickstart        -/-/- train_pgdat.py --model tiny --dataset data/cifar10_mini.npz --bn-mode eval --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle
+evaluate="--n 100 --batch-size 20" row quickstart-trades -/-/- train_trades.py --model tiny --dataset data/cifar10_mini.npz --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle
 # Table 2: early-stopped attack, warm-up of the learning rate, warm-up of eps; ResNet-18.
 row t2-base              82.52/53.58/48.51 train_pgdat.py
 row t2-early-stop-40-70  86.52/52.65/46.6  train_pgdat.py --early-stop-pgd 40 70
@@ -343,7 +343,12 @@ case $action in
                 wait $! || { failed+=" $run (exit status $?)"; break; }
             done <<<"$(command_lines "$run")"
         done
-        [ -z "$failed" ] || { echo "run_all.sh: failed:$failed" >&2; exit 1; } ;;
+        [ -z "$failed" ] || { echo "run_all.sh: failed:$failed" >&2; exit 1; }
+        [[ $action != run || $runs != *" quickstart"* ]] || cat <<'END' ;;
+The training log tested on all 500 embedded test images, the evaluation on the first 100 of them. Next:
+    ./run_all.sh run t4-r18-ls0.3 --laptop    # a row of Table 4 with the same small network
+    ./run_all.sh print t4-r18-ls0.3           # its own commands, for a GPU
+END
     help | -h | --help)
         sed -n '2,/^$/{s/^# \{0,1\}//;p;}' "$self" ;;
     *)

@@ -74,7 +74,7 @@ def test_other_forms_and_architectures_are_refused_by_what_differs_first(tmp_pat
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """State dicts of two tiny networks after three epochs of standard training: ReLU, Softplus with beta 1."""
+    """A folder of two state dicts after three epochs of standard training: ReLU, Softplus with beta 1."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.ACTIVATIONS, "softplus", torch.nn.Softplus)
@@ -103,7 +103,8 @@ REMEDY = "; with --mean 0.4914 0.4822 0.4465 --std 0.2471 0.2435 0.2616 it is 0.
 
 @pytest.mark.parametrize("name, flags, expected", [
     ("relu", (), None), ("relu", NARROW, REMEDY), ("relu", ("--no-normalize",), REMEDY),
-    ("relu", ("--activation", "leakyrelu"), ""), ("softplus", ("--activation", "softplus"), ""), ("relu", "raw", "")])
+    ("relu", ("--activation", "leakyrelu"), ""), ("softplus", ("--activation", "softplus"), ""),
+    ("relu", "raw", "")])
 def test_batch_norm_tells_of_another_function_on_named_data(
         trained, tmp_path, script, monkeypatch, name, flags, expected):
     data = utils.load_dataset(str(MINI))
@@ -117,7 +118,7 @@ def test_batch_norm_tells_of_another_function_on_named_data(
     assert status == 0 and (value > 0.25 if expected is not None else value < 0.15), (value, err)
     assert ("warning" in out) == (expected is not None)
     assert expected is None or f"do not fit: misfit {value:.2f}, expected below 0.2{expected}" in out
-    out = script(eval_aa, *argv, "--dataset", MINI, "--out", tmp_path / "npz.json")[1]  # one's own data differ
+    out = script(eval_aa, *argv, "--dataset", MINI, "--out", tmp_path / "npz.json")[1]
     assert "warning" not in out and json.loads((tmp_path / "npz.json").read_text())["misfit"] == value
 
 
