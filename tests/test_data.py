@@ -96,14 +96,22 @@ def write(path, **changes):
     np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
 
 
-@pytest.mark.parametrize("changes", [
-    {"test_labels": None}, {"train_images": np.zeros((4, 32, 32, 3), np.float32)},
-    {"train_images": np.zeros((4, 3, 32, 32), np.uint8)}, {"train_labels": np.arange(3)},
-    {"train_labels": np.array([0, 1, -1, 2])}, {"test_labels": np.zeros(2)},
-    {"train_labels": np.array([0, 1, 2, None], dtype=object)}])
-def test_foreign_files_are_refused(tmp_path, changes):
+EMPTY = np.zeros((0, 32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize("changes, problem", [
+    ({"test_labels": None}, ""), ({"train_images": np.zeros((4, 32, 32, 3), np.float32)}, ""),
+    ({"train_images": np.zeros((4, 3, 32, 32), np.uint8)}, ""), ({"train_labels": np.arange(3)}, ""),
+    ({"train_labels": np.array([0, 1, -1, 2])}, ""), ({"test_labels": np.zeros(2)}, ""),
+    ({"train_labels": np.array([0, 1, 2, None], dtype=object)}, ""),
+    ({"train_images": EMPTY, "train_labels": np.arange(0)}, r"train_images is uint8 \(0, 32, 32, 3\), not"),
+    ({"test_images": EMPTY, "test_labels": np.arange(0)}, r"test_images is uint8 \(0, 32, 32, 3\), not"),
+    ({"train_labels": np.arange(1, 5)}, "train_labels has 1 to 4, not every class from 0 to 4"),  # as SVHN's
+    ({"train_labels": np.array([1, 0, 255, 3])}, "has 0 to 1, 3, 255, not every class from 0 to 255"),
+    ({"test_labels": np.array([0, 5])}, "has 0 to 3, not every class from 0 to 5")])
+def test_foreign_files_are_refused(tmp_path, changes, problem):
     write(tmp_path / "d.npz", **changes)
-    with pytest.raises(utils.InputError, match="d.npz"):
+    with pytest.raises(utils.InputError, match=f"d.npz.*{problem}"):
         utils.load_dataset(tmp_path / "d.npz")
 
 
