@@ -300,7 +300,7 @@ def test_a_damaged_archive_or_folder_is_named_and_not_changed(tmp_path, host, ru
     name = "cifar100" if "100" in there else "cifar10"
     status, _, err = run(name)
     assert status == 2 and len(err.splitlines()) == 1
-    assert err.startswith(f"prepare.py: error: {name}: {tmp_path}/data/{top} is damaged or not the official one")
+    assert err.startswith(f"prepare.py: error: {name}: {tmp_path}/data/{top} is damaged or not the official")
     assert contents(tmp_path / "data") == before and not (tmp_path / "npm.log").exists()
 
 
