@@ -183,4 +183,5 @@ def test_three_copied_names_train_and_resume_on_data_of_ones_own_and_serve_a_loo
         assert done.returncode == 0, done.stderr
     assert utils.load_checkpoint(tmp_path / "run" / "best.pt")["num_classes"] == 3
     done = spawn(*command, cwd=tmp_path)  # of CIFAR-10, which data/prepare.py would fetch
-    assert done.returncode == 2 and "prepare.py could not fetch it" in done.stderr
+    assert done.returncode == 2 and "there is no data/cifar10.npz; --dataset takes" in done.stderr
+    assert "prepare" not in done.stderr and len(done.stderr.splitlines()) == 1

