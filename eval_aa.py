@@ -173,37 +173,38 @@ def load_weights(model, state, path):
         raise InputError(f"{path} holds NaN or infinite weights")
 
 
-def load_model(args, path):
+def load_model(path, model=None, activation=None, no_normalize=False, mean=None, std=None):
     """(model, what the result says of it, args of its training) from a checkpoint of ours, which tells what
-    it is, or from anyone's and --model.
+    it is, or from anyone's, for which the flags tell it.
 
-    Raises InputError if the file cannot be read safely, or does not fit the flags.
+    The model takes x (B, 3, 32, 32) in [0, 1], and is in eval mode and frozen. Raises InputError if the file
+    cannot be read safely, or does not fit the flags.
     """
-    loaded = utils.load_checkpoint(path)
+    path, loaded = Path(path), utils.load_checkpoint(path)
     ours = {"state_dict": dict, "args": dict, "num_classes": int, "epoch": int}
     if isinstance(loaded, dict) and all(isinstance(loaded.get(k), kind) for k, kind in ours.items()):
-        for flag in ("model", "activation", "no_normalize", "mean"):
-            if getattr(args, flag):
-                raise InputError(f"--{flag.replace('_', '-')} has no effect: {path} says what it is itself")
-        trained, state, epoch = loaded["args"], loaded["state_dict"], loaded["epoch"]
-        spec = {**{k: trained[k] for k in ("model", "activation")},
-                **{k: loaded[k] for k in ("normalize", "num_classes")}}
+        if model or activation or no_normalize or mean:
+            raise InputError("--model, --activation, --no-normalize, --mean and --std have no effect: "
+                             f"{path} says what it is itself")
+        state, trained, epoch = loaded["state_dict"], loaded["args"], loaded["epoch"]
+        model, activation = trained["model"], trained["activation"]
+        normalize, num_classes = loaded["normalize"], loaded["num_classes"]
     else:
-        state = weights_in(loaded, path)
-        if args.model is None:
+        state, trained, epoch = weights_in(loaded, path), {"dataset": "cifar10", "eps": 8 / 255}, None
+        if model is None:
             raise InputError(f"{path} does not name its architecture: give --model (and --no-normalize if it "
                              "takes plain images)")
         with torch.device("meta"):  # without memory, for the names alone
-            names = list(models.build(args.model).state_dict())
+            names = list(models.build(model).state_dict())
         state = rename(state, names, path)
-        trained, epoch = {"dataset": "cifar10", "eps": 8 / 255}, None
-        normalize = (args.mean, args.std) if args.mean else models.CIFAR_NORMALIZE
-        spec = {"model": args.model, "activation": args.activation or "relu",
-                "normalize": None if args.no_normalize else normalize,
-                "num_classes": len(state.get(names[-1], range(10)))}  # the last layer's biases
-    model = models.build(spec["model"], spec["num_classes"], spec["activation"], spec["normalize"])
-    load_weights(model, state, path)
-    return model.eval().requires_grad_(False), {**spec, "checkpoint": path.name, "epoch": epoch}, trained
+        num_classes = len(state.get(names[-1], range(10)))  # the last layer's biases
+        normalize = None if no_normalize else (mean, std) if mean else models.CIFAR_NORMALIZE
+        activation = activation or "relu"
+    network = models.build(model, num_classes, activation, normalize)
+    load_weights(network, state, path)
+    about = {"model": model, "activation": activation, "normalize": normalize, "num_classes": num_classes,
+             "checkpoint": path.name, "epoch": epoch}
+    return network.eval().requires_grad_(False), about, trained
 
 
 @torch.no_grad()
@@ -431,7 +432,8 @@ def main():
     args = parse_args()
     device = utils.start_device(args)
     path, out = locate(args)
-    model, about, trained = load_model(args, path)
+    model, about, trained = load_model(
+        path, args.model, args.activation, args.no_normalize, args.mean, args.std)
     dataset = args.dataset or trained["dataset"]
     data = load_dataset(dataset, device, args.data_dir or trained.get("data_dir", "data"))
     n, eps = args.n or len(data.test_labels), trained["eps"] if args.eps is None else args.eps

@@ -4,7 +4,6 @@ import json
 import logging
 import random
 import re
-from pathlib import Path
 
 import numpy as np
 import pyautoattack
@@ -233,7 +232,7 @@ def test_other_weights_are_refused_until_the_result_is_deleted(script, checkpoin
 def test_anyones_checkpoint_is_normalised_as_the_flags_say(script, checkpoint):
     data = utils.load_dataset("small.npz")
     x = utils.to_float(data.test_images)
-    model, _, _ = eval_aa.load_model(eval_aa.parse_args(TINY), Path("tiny.pt"))
+    model, _, _ = eval_aa.load_model("tiny.pt", "tiny")
     model.normalize = torch.nn.Identity()
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.2, 0.1])
     normalised = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)

@@ -20,10 +20,6 @@ import utils
 MINI = ROOT / "data" / "cifar10_mini.npz"
 
 
-def load(path, model="tiny"):
-    return eval_aa.load_model(eval_aa.parse_args([str(path), "--model", model]), path)
-
-
 def prefixed(prefix, **more):
     return lambda s: {**more, **{f"{prefix}{k}": v for k, v in s.items()}}
 
@@ -39,7 +35,7 @@ def prefixed(prefix, **more):
 def test_forms_that_are_read(tmp_path, wrap):
     state = models.build("tiny", num_classes=7).state_dict()
     torch.save(wrap(state), tmp_path / "c.pt")
-    model, about, _ = load(tmp_path / "c.pt")
+    model, about, _ = eval_aa.load_model(tmp_path / "c.pt", "tiny")
     loaded = model.state_dict()
     assert list(loaded) == list(state) and all(torch.equal(loaded[k], state[k]) for k in state)
     assert about["num_classes"] == 7
@@ -48,7 +44,7 @@ def test_forms_that_are_read(tmp_path, wrap):
 def test_what_no_layer_holds_is_named_and_three_values_are_shown(tmp_path, capsys):
     more = {"mu": torch.tensor([0.5, 0.4, 0.3]), "sd": torch.full((3, 1, 1), 0.25), "n": torch.tensor(9)}
     torch.save(prefixed("1.", **more)(models.build("tiny").state_dict()), tmp_path / "c.pt")
-    load(tmp_path / "c.pt")
+    eval_aa.load_model(tmp_path / "c.pt", "tiny")
     assert capsys.readouterr().out.endswith(
         "c.pt: no layer holds mu, sd, n: ignored. Are these what --mean and --std should be: "
         "mu 0.5 0.4 0.3, sd 0.25 0.25 0.25?\n")
@@ -69,7 +65,7 @@ UNEXPECTED, MISSING = "Unexpected key(s) in state_dict: ", "Missing key(s) in st
 def test_other_forms_and_architectures_are_refused_by_what_differs_first(tmp_path, wrap, problem):
     torch.save(wrap(models.build("tiny").state_dict()), tmp_path / "c.pt")
     with pytest.raises(utils.InputError, match=rf"c\.pt .*{re.escape(problem)}"):
-        load(tmp_path / "c.pt")
+        eval_aa.load_model(tmp_path / "c.pt", "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +173,7 @@ def test_a_file_that_cannot_be_read_says_why_in_a_line(tmp_path):
 def test_a_file_of_something_else_is_refused(tmp_path, value):
     torch.save(value, tmp_path / "alien.pt")
     with pytest.raises(utils.InputError, match="alien.pt holds no state dict"):
-        load(tmp_path / "alien.pt")
+        eval_aa.load_model(tmp_path / "alien.pt", "tiny")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -302,6 +302,5 @@ def test_a_released_wrn_checkpoint_loads(tmp_path):
     state = {f"module.{k}": v for k, v in models.build("wrn-34-10").state_dict().items()}
     unused = {k.replace("block1", "sub_block1"): v for k, v in state.items() if ".block1." in k}
     torch.save({"state_dict": state | unused}, tmp_path / "released.pt")
-    path = tmp_path / "released.pt"
-    model, _, _ = eval_aa.load_model(eval_aa.parse_args([str(path), "--model", "wrn-34-10"]), path)
+    model, _, _ = eval_aa.load_model(tmp_path / "released.pt", "wrn-34-10")
     assert len(unused) > 50 and torch.equal(model.fc.weight, state["module.fc.weight"])
