@@ -3,9 +3,10 @@
     model = build("preactresnet-18", num_classes=10, activation="relu", normalize=CIFAR_NORMALIZE)
     logits = model(x)          # x (B, 3, 32, 32) in [0, 1] -> logits (B, num_classes)
 
-State-dict names follow kuangliu/pytorch-cifar and yaodongyu/TRADES, so that checkpoints which the field has
-released load with strict=True. "ResNet-18" in Pang et al. 2021 is the *pre-activation* one,
-`preactresnet-18`.
+State-dict names follow kuangliu/pytorch-cifar and yaodongyu/TRADES, those of PreActResNets the authors' code
+(with a last `bn`), so that checkpoints which the field has released load with strict=True. Names do not say
+which function it was: activation, normalisation or shortcut may differ (eval_aa.misfit). "ResNet-18" in Pang
+et al. 2021 is the *pre-activation* one, `preactresnet-18`.
 """
 
 from functools import partial
