@@ -151,7 +151,7 @@ def rename(state, names, path):
     state = {k: v for k, v in state.items() if not k.startswith("sub_block1.")}
     of_layers = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     others = {k: state.pop(k) for k in list(state) if k.split(".")[-1] not in of_layers}
-    triples = [f"{k} {' '.join(f'{x:.4g}' for x in v.flatten())}" for k, v in others.items() if v.numel() == 3]
+    triples = ["{} {:.4g} {:.4g} {:.4g}".format(k, *v.flatten()) for k, v in others.items() if v.numel() == 3]
     if others:
         print(f"note: {path}: no layer holds {', '.join(others)}: ignored"
               + (f". Are these what --mean and --std should be: {', '.join(triples)}?" if triples else ""))
