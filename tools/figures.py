@@ -36,7 +36,7 @@ def place_names(ax, points):
             continue
         line = {"arrowstyle": "-", "linewidth": 0.6, "color": colour, "shrinkB": 3}
         text = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=7, ha="center",
-                           va="center", arrowprops=line)
+                           va="center", arrowprops=line, bbox={"color": "w", "alpha": 0.6, "pad": 0})
         text.set_in_layout(False)
         width, height = (pixel * side / 2 for side in text.get_window_extent().size)
         for i in range(24, 24 * 40):  # ring after ring, 3 points apart, of 24 places each
