@@ -150,8 +150,7 @@ def bootstrap_interval(x, y, resamples=10_000):
 
 
 def draw_effects(panels):
-    """The paper's effect of a trick against ours at laptop scale, in percentage points, a panel each. Only what
-    is beyond one point in either has a name.
+    """The paper's effects against ours at laptop scale, a panel each. Those beyond one point have a name.
 
     panels: {title: [(name, table, the paper's effect, ours, its standard error or None, hollow)]}.
     """
@@ -165,8 +164,8 @@ def draw_effects(panels):
             ax.errorbar(x, y, error, markersize=5, elinewidth=0.6, zorder=3, **looks[table] | face)
         x, y = np.array([(x, y) for _, _, x, y, _, hollow in points if not hollow]).T
         low, high = bootstrap_interval(x, y)
-        title += (f", {len(x)} filled points: Spearman's rank correlation {spearman(x, y):.2f}\n(95 % interval "
-                  f"{low:.2f} to {high:.2f}). Effects beyond one point are named.")
+        title += (f", {len(x)} filled points: Spearman's rank correlation {spearman(x, y):.2f}\n"
+                  f"(95 % interval {low:.2f} to {high:.2f}). Effects beyond one point are named.")
         values = [value for point in points for value in point[2:4]]
         ends = 1.3 * min(-1, *values), 1.3 * max(1, *values)
         ax.plot(ends, ends, color="0.6", linewidth=0.8, linestyle="--", label="y = x")

@@ -36,18 +36,19 @@ LAPTOP = {"clean": "clean", "pgd10": "pgd10", "apgd": "aa"}  # measured there: t
 WORDS = {"ls": "label smoothing", "ema": "weight averaging", "awp": "weight perturbation"}
 DEVIATION = 0.57  # of AA between seeds, of the best checkpoints of one setting: the largest published
 EFFECTS = """\
-Effects: the difference from the row without a trick, of the same network and eps, paired by seed and
-precision, ± a standard error from one variance pooled over all rows (the paper's effect). Bold: beyond two of
-these."""
+Effects: ours (the paper's), against the row without a trick of the same network and eps, paired by seed and
+precision, ± a standard error from one variance pooled over all rows. Bold: beyond two of these."""
 LEGEND = f"""\
 Figures: the mean of our seeds ± their standard deviation (the paper's figure, ours less it). One correct run
 may be 1.0 off, in AA 0.6. ~: AutoAttack of some images only, an estimate that counts nowhere.
-{EFFECTS} Seeds needed: with so many of each setting the paper's effect on AA is two standard errors, if
-AA varies between seeds by {DEVIATION}, the largest standard deviation that others published."""
+{EFFECTS}
+Seeds needed: with so many of each setting the paper's effect on AA is two standard errors, if AA varies
+between seeds by {DEVIATION}, the largest standard deviation that others published."""
 LAPTOP_LEGEND = f"""\
-{EFFECTS} A tiny network, 2,500 images and 44 epochs reproduce no figure. Rows that differ in their network
-alone are one run, beside the first of them. APGD: what APGD-CE and APGD-T leave, estimated from some images;
-the paper's AA is beside it."""
+{EFFECTS}
+A tiny network, 2,500 images and 44 epochs reproduce no figure. Rows that differ in their network alone are
+one run, beside the first of them. APGD: what APGD-CE and APGD-T leave, estimated from some images; the
+paper's AA is beside it."""
 SPOILT = "† The last batch of an epoch has 4 images, which spoil batch norm's running statistics."
 
 
@@ -303,7 +304,7 @@ def spoilt(row):
     return 0 < images % batch < 16
 
 
-# ---- Text --------------------------------------------------------------------------------------------------
+# ---- Text and pictures -------------------------------------------------------------------------------------
 
 
 def markdown(header, lines):
@@ -320,7 +321,7 @@ def differing(settings):
 
 
 def settings(rows):
-    """(names of the settings that rows differ in, {row: their values}), as text; no setting without effect."""
+    """(names of the settings that rows differ in, {row: their values}), without those that have no effect."""
     shown = {}
     for row in rows:
         setting = dict(row.setting) or {k: getattr(row.evaluation, k) for k in ("model", "eps")}
@@ -466,9 +467,6 @@ def show_measured(rows):
             cells += [f"{runs[0].result['n']:,}", devices, str(took)]
             lines.append([f"`{row.id}`", str(len(runs)), *cells])
     return markdown(["row", "seeds", *METRICS.values(), "test images", "device", "time a seed"], lines)
-
-
-# ---- Pictures ----------------------------------------------------------------------------------------------
 
 
 def show_effects(rows, laptop):
