@@ -3,10 +3,12 @@
 import functools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from tools import figures, report
 
@@ -23,14 +25,14 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 def write(name, clean=None, pgd10=None, aa=None, *, apgd=None, error=0.0, n=10_000, n_done=None, which="best",
-          root="runs", epochs=None, cuda=None, without=(), **changed):
+          root="runs", epochs=None, commit=None, without=(), evaluated=(), **changed):
     """Write the run of the row and seed that its name claims; without figures it is in training."""
     row_id, _, seed = name.partition("@")
     row = report.read_rows(laptop="laptop" in root, roots=[])[row_id]
     args = row.setting | {"seed": int(seed or 0), "precision": "tf32"} | changed
     command, path = [args.pop("script")], Path(root, name)
     path.mkdir(parents=True, exist_ok=True)
-    about = {"device": "abacus", "versions": {"cuda": cuda}}
+    about = {"device": "abacus", "git_commit": commit or root, "data_sha256": "d"}
     record = {"args": {k: v for k, v in args.items() if k not in without}, "command": command, **about}
     (path / "args.json").write_text(json.dumps(record))
     log = [{"epoch": e + 1, "lr": 0.1, "train_loss": 2.0, "seconds": 36.0, "train_clean_acc": 60 + e % 40,
@@ -42,7 +44,8 @@ def write(name, clean=None, pgd10=None, aa=None, *, apgd=None, error=0.0, n=10_0
         result = {"clean": clean, "pgd10": pgd10, "aa": aa, "aa_error": error, "n": n, "n_done": done,
                   "complete": not attacks or done == n, "attacks": list(attacks),
                   "left": {} if apgd is None else {"apgd-t": [apgd, 0.5]},
-                  "seconds": {"pgd10": 3.6, "autoattack": 7.2}, **about}
+                  "seconds": {"pgd10": 3.6, "autoattack": 7.2}, **about, "eps": args["eps"],
+                  "model": args["model"], "activation": args["activation"]} | dict(evaluated)
         (path / ("result.json" if which == "best" else "result_last.json")).write_text(json.dumps(result))
     return path
 
@@ -52,21 +55,19 @@ def laptop(name, *figures, **more):
     return write(name, *figures, **more)
 
 
-def cells(text, row):
-    """The cells of a row's line in a table, by column, a column of the paper's beside ours joined to it."""
+def cells(text, row, seeds=""):
+    """The cells of a row's line in a table, by column: the first one whose seeds begin like that."""
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
-    header, line = lines[0], next(line for line in lines if line[0].strip("`") == row)
-    return {name if "paper's" not in name else f"{header[i - 1]}'": cell
-            for i, (name, cell) in enumerate(zip(header, line))}
+    found = [dict(zip(lines[0], line)) for line in lines if line[0].strip("` †") == row]
+    return next(line for line in found if line.get("seeds", "").startswith(seeds))
 
 
-def table(name, row):
-    return cells(report.show_table(name, report.read_rows()), row)
+def table(name, row, seeds=""):
+    return cells(report.show_table(name, report.read_rows()), row, seeds)
 
 
-def laptop_table(name, row):
-    rows = report.read_rows()
-    return cells(report.show_laptop_table(name, rows, report.read_rows(laptop=True)), row)
+def laptop_table(name, row, seeds=""):
+    return cells(report.show_table(name, report.read_rows(), report.read_rows(laptop=True)), row, seeds)
 
 
 # ---- Tables ------------------------------------------------------------------------------------------------
@@ -76,63 +77,61 @@ def laptop_table(name, row):
 def test_every_table_is_printed_at_both_scales(script, name):
     for flags, rows in (([], report.read_rows()), (["--laptop"], report.read_rows(laptop=True))):
         status, out, err = script(report, name, *flags)
-        n = sum(row.table == name for row in rows.values()) + 6 * (name == "t7" and not flags)
-        assert status == 0 and err == "" and len(out.partition("\n\n")[0].splitlines()) == 2 + n
+        runs = [row.run if flags else row.id for row in rows.values() if row.table == name]
+        assert status == 0 and err == "" and len(out.partition("\n\n")[0].splitlines()) == 2 + len({*runs})
+        assert "wrn" not in out.replace("-wrn", "") or not flags  # a tiny network is none
 
 
 def test_a_row_not_run_shows_its_setting_and_the_papers_figures():
-    shown = {"model": "WRN-34-20", "activation": "softplus", "wd": "0.0005", "ls": "0.2", "bn mode": "eval",
-             "Clean": "(87.58)", "PGD-10": "(57.19)", "AA": "(53.26)"}
+    shown = {"model": "wrn-34-20", "activation": "softplus", "wd": "0.0005", "ls": "0.2", "bn mode": "eval",
+             "seeds": "not run", "Clean": "(87.58)", "PGD-10": "(57.19)", "AA": "(53.26)"}
     assert table("t8", "t8-wrn20-wd5e-4-softplus-bneval-ls0.2").items() >= shown.items()
-    released = {"model": "WRN-34-10", "eps": "0.031", "Clean": "(84.92)", "PGD-10": "", "AA": "(53.08)"}
+    released = {"model": "wrn-34-10", "eps": "0.031", "Clean": "(84.92)", "AA": "(53.08)"}
     assert table("t13", "t13-zhang2019b-released").items() >= released.items()
     assert table("s1", "s1-wong2020")["lr decay epochs"] == "-"  # a one-cycle learning rate has none
 
 
-def test_figures_that_others_published_stand_at_rows_of_the_same_run():
-    others = "replicated by others"
-    assert table("t4", "t4-wrn10-ls0")[others].startswith("86.07 / 56.80 / - [")
-    assert table("t8", "t8-wrn20-wd5e-4-relu-bntrain")[others].startswith("85.34 / 58.16 / 53.42 [")
-    assert table("t8", "t8-wrn20-wd5e-4-relu-bneval")[others] == ""
+def test_figures_that_others_published_stand_below_rows_of_the_same_run():
+    four, eight = (report.show_table(name, report.read_rows()) for name in ("t4", "t8"))
+    assert "\nt4-wrn10-ls0 by others: 86.07 / 56.80 / -; Rice" in four
+    assert "\nt8-wrn20-wd5e-4-relu-bntrain by others: 85.34 / 58.16 / 53.42; Rice" in eight
     replicated = json.loads((Path(report.__file__).parent / "replicated.json").read_text())
     assert all(row.run == row.id for row in map(report.read_rows().get, replicated))
 
 
-def test_seeds_rows_that_are_the_same_run_and_the_folder_results():
-    write(BASE, 82.0, 53.0, 48.0)
-    write(f"{BASE}@0", 99.0, 99.0, 99.0)  # the same seed: the first counts
-    write(f"{BASE}@1", epochs=7)          # in training, but evaluated in results/
-    write(f"{BASE}@01", 83.0, 54.0, 49.0, root="results")
+def test_seeds_rows_that_are_the_same_run_and_both_folders():
+    write(f"{BASE}@0", 82.0, 53.0, 48.0, root="results")
+    write(f"{BASE}@01", 83.0, 54.0, 49.0)
+    write(f"{BASE}@2", epochs=7)          # in training
     write("t4-r18-ls0.1", 82.69, 54.04, 48.76)
-    want = {"Clean": "82.50 ± 0.71 (82.52, -0.02)", "PGD-10": "53.50 ± 0.71 (53.58, -0.08)",
-            "AA": "48.50 ± 0.71 (48.51, -0.01)"}
+    want = {"seeds": "2 in tf32", "Clean": "82.50 ± 0.71 (82.52, -0.02)",
+            "PGD-10": "53.50 ± 0.71 (53.58, -0.08)", "AA": "48.50 ± 0.71 (48.51, -0.01)"}
     assert table("t2", BASE).items() >= want.items()
     assert table("t4", "t4-r18-ls0").items() >= want.items()  # `= t2-base`
     assert table("t4", "t4-r18-ls0.1")["AA"] == "48.76 (48.76, +0.00)"
     assert table("t4", "t4-r18-ls0.2")["AA"] == "(49.20)"
 
 
-def test_bold_is_beyond_two_standard_errors_or_with_one_seed_beyond_a_limit():
-    write("t2-warmup-lr-10", 83.46, 52.42, 47.65)           # the paper: 82.45 / 53.43 / 48.26
-    assert [table("t2", "t2-warmup-lr-10")[m] for m in ("Clean", "PGD-10", "AA")] == [
-        "83.46 (82.45, **+1.01**)", "52.42 (53.43, **-1.01**)", "47.65 (48.26, **-0.61**)"]
-    write("t2-warmup-lr-10", 83.45, 52.43, 47.66)
-    assert "**" not in str(table("t2", "t2-warmup-lr-10"))
-    # Two tables have rows with several seeds: the pooled variance is (2 (0.3)^2 + 2 (0.1)^2) / 2 = 0.1, and
-    # two standard errors of two seeds' mean are 2 sqrt(0.1 / 2) = 0.447.
-    for seed, sign in (("0", -1), ("1", 1)):
-        write(f"t2-warmup-eps-10@{seed}", 82.64, 53.65, 48.44 - 0.45 + 0.3 * sign)
-        write(f"t5-adam@{seed}", 83.20, 48.87, 44.04 + 0.44 + 0.1 * sign)
-    assert table("t2", "t2-warmup-eps-10")["AA"] == "47.99 ± 0.42 (48.44, **-0.45**)"
-    assert table("t5", "t5-adam")["AA"] == "44.48 ± 0.14 (44.04, +0.44)"
-
-
-def test_table_7_has_the_papers_difference_rows(script):
-    write(BASE, 82.0, 53.0, 48.0)
-    write("t7-r18-bneval", 83.5, 53.2, 48.6)
-    lines = script(report, "t7")[1].splitlines()
-    assert lines[4] == "| eval - train |  |  | +1.50 (+0.96) | +0.20 (+0.06) | +0.60 (+0.24) |  |"
-    assert lines[7].endswith("| (+1.91) | (-0.11) | (+0.23) |  |")
+def test_effects_at_full_scale_are_paired_within_the_network_beside_the_seeds_that_they_take():
+    """Differences of the two ResNet-18 rows with two seeds: +0.9, +0.7 and +0.1, +0.5. The pooled variance is
+    (2 (0.1)^2 + 2 (0.2)^2) / 2 = 0.05, so that of a mean of two is 0.025, whose root is 0.158."""
+    wrn = "t8-wrn10-wd5e-4-relu-bntrain"
+    for seed, base, ls3, ls1 in ((0, 48.1, 49.0, 48.2), (1, 48.5, 49.2, 49.0)):
+        write(f"{BASE}@{seed}", 82.0, 53.0, base)
+        write(f"t4-r18-ls0.3@{seed}", 82.0, 53.0, ls3)
+        write(f"t4-r18-ls0.1@{seed}", 82.0, 53.0, ls1)
+    write("t4-r18-ls0.3@2", 82.0, 53.0, 60.0)                   # no base run of that seed,
+    write("t4-r18-ls0.1@1", 82.0, 53.0, 60.0, root="results", precision="bf16")  # of that precision,
+    write("t4-wrn10-ls0.1", 86.0, 56.0, 52.0)                   # of that network
+    assert table("t4", "t4-r18-ls0.3")["effect, AA"] == "**+0.80** ± 0.16, 2 of 3 seeds (+0.73)"
+    assert table("t4", "t4-r18-ls0.1", "2 in tf32")["effect, AA"] == "+0.30 ± 0.16 (+0.25)"
+    alone = table("t4", "t4-r18-ls0.1", "1 in bf16")
+    assert alone["AA"] == "60.00 (48.76, +11.24)" and alone["effect, AA"] == "(+0.25)"
+    # 8 (0.57 / 0.73)^2 = 4.88; 8 (0.57 / 0.25)^2 = 41.6; 8 (0.57 / 0.55)^2 = 8.6
+    for row, needed in (("r18-ls0.3", "5"), ("r18-ls0.1", "42"), ("wrn10-ls0.1", "9")):
+        assert table("t4", f"t4-{row}")["seeds needed"] == needed
+    write(wrn, 86.0, 56.0, 51.5)
+    assert table("t4", "t4-wrn10-ls0.1")["effect, AA"] == "**+0.50** ± 0.22 (+0.55)"
 
 
 def test_a_stopped_evaluation_is_shown_with_its_error_and_counts_nowhere():
@@ -145,9 +144,28 @@ def test_a_stopped_evaluation_is_shown_with_its_error_and_counts_nowhere():
     assert table("t2", BASE)["AA"] == "(48.51), ~46.10 ± 0.45 (2,000 images)"
     write(BASE, 82.0, 53.0, 53.0, error=None, n_done=0)     # PGD-10 alone is done
     assert table("t2", BASE)["AA"] == "(48.51)"
-    write("t2-warmup-lr-15", 82.0, 53.0, 48.0, n=1000)      # --n 1000 is no row's evaluation
+    assert "partial: t2-base\n" in report.show_status(report.read_rows())
+
+
+@pytest.mark.parametrize("changed", [{"eps": 4 / 255}, {"data_sha256": "e"}, {"model": "tiny"},
+                                     {"activation": "elu"}, {"n": 1000}])
+def test_a_result_of_another_evaluation_than_the_rows_does_not_count(capsys, changed):
+    write("t2-warmup-lr-15", 82.0, 53.0, 48.0, evaluated=changed)
     assert table("t2", "t2-warmup-lr-15")["Clean"] == "(82.64)"
-    assert "partial: t2-base, t2-warmup-lr-15" in report.show_status(report.read_rows())
+    (key, value), = changed.items()
+    said = f"warning: runs/t2-warmup-lr-15/result.json is of another evaluation ({key} is {value}, not"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, text, clean", [
+    ("args.json", "{", "(82.52)"), ("args.json", "1", "(82.52)"), ("result.json", "", "(82.52)"),
+    ("result.json", '{"aa": 48}', "(82.52)"), ("log.jsonl", b"\xff", "82.00"), ("log.jsonl", "[]", "82.00")])
+def test_a_file_that_cannot_be_read_is_named_and_skipped(capsys, name, text, clean):
+    path = write(BASE, 82.0, 53.0, 48.0) / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    write("t2-warmup-lr-10", 82.0, 53.0, 48.0)
+    assert table("t2", BASE)["Clean"].startswith(clean) and table("t2", "t2-warmup-lr-10")["AA"][0] == "4"
+    assert f"warning: {path} is skipped: " in capsys.readouterr().err
 
 
 def test_a_run_of_another_setting_is_skipped(capsys):
@@ -163,19 +181,10 @@ def test_a_run_of_another_setting_is_skipped(capsys):
 
 def test_a_run_from_before_a_flag_existed_has_its_default(capsys):
     for name in (BASE, "t2-early-stop-40-70"):
-        write(name, 82.0, 53.0, 48.0, precision="bf16", without=("n_train", "time_scale", "early_stop_pgd"))
+        write(name, 82.0, 53.0, 48.0, eval_from=100, without=("n_train", "time_scale", "early_stop_pgd"))
     assert table("t2", BASE)["AA"].startswith("48.00")
     assert table("t2", "t2-early-stop-40-70")["AA"] == "(46.60)"
     assert "--early-stop-pgd was None, is [40.0, 70.0]" in capsys.readouterr().err
-
-
-def test_a_run_tested_after_other_epochs_counts_and_a_remark_says_so():
-    write("t4-r18-ls0.3", 82.51, 54.34, eval_every=5, eval_from=100)
-    write("t4-r18-ls0.2", 82.73, 54.22, without=("eval_from",))
-    text = report.show_table("t4", report.read_rows())
-    assert cells(text, "t4-r18-ls0.3")["Clean"] == "82.51 (82.51, +0.00)"
-    remark = "was tested after other epochs than its row: --eval-every was 1, is 5; --eval-from was 1, is 100"
-    assert text.endswith(f"\nruns/t4-r18-ls0.3 {remark}") and text.count("other epochs") == 1
 
 
 def test_a_row_whose_script_is_not_there_is_left_out_with_a_warning(monkeypatch, capsys):
@@ -185,15 +194,13 @@ def test_a_row_whose_script_is_not_there_is_left_out_with_a_warning(monkeypatch,
 
 
 def test_status_and_measured(script):
-    write(BASE, 82.0, 53.0, 48.0, cuda="13.0")
+    write(BASE, 82.0, 53.0, 48.0)
     write(f"{BASE}@1", 82.0, 53.0, 48.0)
     write("t2-early-stop-40-70", epochs=7)
     write("t2-warmup-lr-10", 82.0, 53.0, 48.0, n_done=2000)
     out = script(report)[1]
     assert ("done: t2-base x2; running: t2-early-stop-40-70 (7 of 110 epochs); "
             "partial: t2-warmup-lr-10\n") in out
-    # 110 and 227 epochs of 36 s, and 10.8 s a result
-    assert out.splitlines()[-2:] == ["GPU-hours 1.10", "CPU-hours 2.28"]
     write("quickstart", 41.0, 28.0, 25.0, n=100, root="results")
     write("quickstart@1", 43.0, 30.0, 25.0, n=100, root="results")
     assert script(report, "measured")[1].splitlines()[2:] == [  # of what is in results/ alone
@@ -214,21 +221,19 @@ def write_effects():
 
 def test_effects_are_paired_by_seed_with_one_pooled_variance(capsys):
     write_effects()
-    found = report.effects(report.read_rows(laptop=True))
+    found = report.effects(report.read_rows(laptop=True), report.LAPTOP)
     # Squared deviations 2 (0.5)^2 and 2 (0.1)^2, degrees of freedom 1 and 2.
     variance = (2 * 0.5**2 + 2 * 0.1**2) / 3
-    assert found["t4-r18-ls0.3"]["pgd10"] == pytest.approx((1.5, math.sqrt(variance / 2), 2))
-    assert found["t7-r18-bneval"]["pgd10"] == pytest.approx((0.2, math.sqrt(variance / 3), 3))
-    assert found["t7-r18-bneval"]["apgd"] == pytest.approx((0.25, 0, 3)) and found["t5-adam"] == {}
-    shown = {"seeds": "2", "Clean": "**+0.50** ± 0.00", "Clean'": "-0.01", "PGD-10": "**+1.50** ± 0.29",
-             "PGD-10'": "+0.76", "APGD": "**+0.25** ± 0.00", "APGD'": "+0.73"}
+    assert found["t4-r18-ls0.3", "bf16"]["pgd10"] == pytest.approx((1.5, math.sqrt(variance / 2), 2))
+    assert found["t7-r18-bneval", "bf16"]["pgd10"] == pytest.approx((0.2, math.sqrt(variance / 3), 3))
+    assert found["t7-r18-bneval", "bf16"]["apgd"] == pytest.approx((0.25, 0, 3))
+    shown = {"seeds": "2 in bf16", "Clean": "45.00 ± 0.71", "effect, Clean": "**+0.50** ± 0.00 (-0.01)",
+             "effect, PGD-10": "**+1.50** ± 0.29 (+0.76)", "effect, APGD": "**+0.25** ± 0.00 (+0.73)"}
     assert laptop_table("t4", "t4-r18-ls0.3").items() >= shown.items()
-    assert laptop_table("t7", "t7-r18-bneval")["PGD-10"] == "+0.20 ± 0.24"
-    # The base in absolute figures, also where it stands for another network; and what is not there (yet).
-    for row, paper in (("t7-r18-bntrain", "82.52"), ("t7-senet18-bntrain", "82.20")):
-        shown = {"Clean": "45.00 ± 1.00", "Clean'": paper, "seeds": "3"}
-        assert laptop_table("t7", row).items() >= shown.items()
-    empty = {"seeds": "0", "Clean": "", "Clean'": "+0.68", "APGD": "-", "APGD'": "-4.47"}
+    assert laptop_table("t7", "t7-r18-bneval")["effect, PGD-10"] == "+0.20 ± 0.24 (+0.06)"
+    shown = {"Clean": "45.00 ± 1.00", "seeds": "3 in bf16", "effect, Clean": ""}
+    assert laptop_table("t7", "t7-r18-bntrain").items() >= shown.items()
+    empty = {"seeds": "not run", "effect, Clean": "(+0.68)", "effect, APGD": "(-4.47)"}
     assert laptop_table("t5", "t5-adam").items() >= empty.items()
     assert capsys.readouterr().err == ""
 
@@ -250,34 +255,57 @@ z-train       | -/-/- | train_trades.py --model tiny --bn-mode train ; eval_aa.p
     assert [row.run for row in rows.values()] == [
         "t4-r18-ls0.1", "z-last", "z-trades", "t4-r18-ls0.1", "t4-r18-ls0.1", "z-train"]
     for row in ("t4-r18-ls0.1", "t4-wrn10-ls0.1", "z-same"):
-        assert rows[row].values("pgd10") == {0: 29.0, 1: 28.0} and rows[row].evaluation.attacks == ()
-    assert rows["t4-wrn10-ls0.1"].paper["aa"] == 52.74 and rows["z-last"].runs == {}
+        assert rows[row].figures("pgd10", "bf16") == {0: 29.0, 1: 28.0}
+        assert rows[row].evaluation.attacks == ()
+    assert rows["z-last"].runs == {}
     assert report.show_status(rows).startswith("t4    1 done    0 running    0 partial    0 missing   done: ")
     assert all(row.run == row.id for row in report.read_rows().values() if row.id != "z-same")
 
 
-def test_only_runs_of_one_precision_and_seeds_of_both_are_paired(capsys):
+def test_a_run_of_ones_own_stands_beside_the_shipped_ones(tmp_path, capsys):
+    """The README's `./run_all.sh run t4-r18-ls0.3 --laptop` trains in fp32, most shipped runs are in bf16."""
+    for folder in ("laptop", "laptop-fp32"):
+        shutil.copytree(ROOT / "results" / folder, tmp_path / "results" / folder)
+    def lines():
+        text = report.show_table("t4", report.read_rows(), report.read_rows(laptop=True))
+        return text.partition("\n\n")[0].splitlines()
+    before, shipped = lines(), "results/laptop-fp32/t4-r18-ls0.3@0"
+    mine = Path(shutil.copytree(shipped, "runs/laptop/t4-r18-ls0.3"))
+    assert lines() == before
+    assert capsys.readouterr().err == (
+        f"warning: {mine} repeats {shipped}, of the same seed, precision and commit: skipped\n")
+    args = (mine / "args.json").read_text()
+    (mine / "args.json").write_text(args.replace('"git_commit": "', '"git_commit": "9'))
+    after = lines()
+    changed, = [line for line in after if line not in before]
+    assert len(after) == len(before) and "| t4-r18-ls0.3 | 0.3 | 1 in fp32, 2 runs | 43.24 |" in changed
+    shutil.rmtree("results")
+    row = laptop_table("t4", "t4-r18-ls0.3")
+    assert row["seeds"] == "1 in fp32" and row["Clean"] == "43.24" and row["effect, Clean"] == "(-0.01)"
+
+
+def test_seeds_and_precisions_of_both_rows_are_paired():
     laptop(f"{BASE}@0", 44.0, 28.0)
     laptop(f"{BASE}@1", 45.0, 28.0, precision="fp32")
     laptop(f"{BASE}@3", 45.0, 28.0)
     for seed in range(3):
         laptop(f"t5-adam@{seed}", 46.0, 28.0)
-    found = report.effects(report.read_rows(laptop=True))["t5-adam"]
+    found = report.effects(report.read_rows(laptop=True), report.LAPTOP)["t5-adam", "bf16"]
     assert found["clean"] == (2.0, None, 1)  # of one pair no variance is known
-    assert laptop_table("t5", "t5-adam")["Clean"] == "+2.00"
-    assert "t5-adam@1 is of bf16, runs/laptop/t2-base@1 of fp32: left out" in capsys.readouterr().err
+    assert laptop_table("t5", "t5-adam")["effect, Clean"] == "+2.00, 1 of 3 seeds (+0.68)"
 
 
 def test_each_script_has_its_base_and_rows_are_judged_by_their_checkpoint():
     laptop(BASE, 44.0, 28.0)
     laptop(TRADES, 40.0, 27.0)
-    laptop("t9-eps0.031-wrn10-wd5e-4-relu-bneval", 41.0, 26.5)
-    shown = laptop_table("t9", "t9-eps0.031-wrn20-wd5e-4-relu-bneval")
-    assert shown["PGD-10"] == "-0.50" and shown["PGD-10'"] == "-"  # the paper's row at 0.031 is that base
+    laptop("t9-eps8-wrn20-wd5e-4-softplus-bneval", 41.0, 26.5)  # named after its row of Table 12
+    assert laptop_table("t12", "t12-r18-wd5e-4-softplus-bneval")["effect, PGD-10"] == "-0.50 (+0.86)"
+    laptop("t9-eps0.031-wrn10-wd2e-4-relu-bneval", 41.0, 26.5)  # its base is at the same eps
+    assert laptop_table("t9", "t9-eps0.031-wrn10-wd2e-4-relu-bneval")["effect, PGD-10"] == "(-3.44)"
     laptop("s1-madry2018", 99.0, 99.0, which="best", root="results/laptop")
-    assert laptop_table("s1", "s1-madry2018")["PGD-10"] == ""
+    assert laptop_table("s1", "s1-madry2018")["seeds"] == "not evaluated"
     laptop("s1-madry2018", 47.0, 25.0, which="last", root="results/laptop")
-    assert laptop_table("s1", "s1-madry2018")["PGD-10"] == "-3.00"
+    assert laptop_table("s1", "s1-madry2018")["effect, PGD-10"] == "-3.00"
 
 
 @pytest.mark.parametrize("row, effect", [
@@ -298,28 +326,36 @@ def test_the_papers_effect_is_within_the_architecture(row, effect):
 def test_rank_correlation_and_its_bootstrap():
     x, y = np.array([3.0, 1.0, 4.0, 1.0, 5.0]), np.array([2.0, 7.0, 1.0, 8.0, 2.5])
     # ranks 3, 1.5, 4, 1.5, 5 and 2, 4, 1, 5, 3: covariances sum to -6.5, squares to 9.5 and 10
-    assert report.spearman(x, y) == pytest.approx(-6.5 / math.sqrt(9.5 * 10))
-    assert report.spearman(x, x**3) == pytest.approx(1)
+    assert figures.spearman(x, y) == pytest.approx(-6.5 / math.sqrt(9.5 * 10))
+    assert figures.spearman(x, x**3) == pytest.approx(1)
     picks = np.random.default_rng(0).integers(5, size=(300, 5))
-    found = [report.spearman(x[i], y[i]) for i in picks if len({*x[i]}) > 1 and len({*y[i]}) > 1]
-    assert report.bootstrap_interval(x, y, 300) == pytest.approx(np.percentile(found, [2.5, 97.5]))
+    found = [figures.spearman(x[i], y[i]) for i in picks if len({*x[i]}) > 1 and len({*y[i]}) > 1]
+    assert figures.bootstrap_interval(x, y, 300) == pytest.approx(np.percentile(found, [2.5, 97.5]))
 
 
 def test_effects_are_drawn_and_printed_for_every_run_with_its_base(script):
     write_effects()
     laptop("t8-wrn10-wd1e-4-relu-bntrain", 43.0, 27.0)
-    laptop("x-r18-ema", 43.0, 27.0)  # has no figure in the paper
+    laptop("t3-r18-b64", 40.0, 25.0)  # 2,500 images leave a batch of 4
+    laptop("x-r18-ema", 43.0, 27.0)   # has no figure in the paper
+    laptop(f"{BASE}@0", 43.0, 27.0, precision="fp32", root="runs/laptop-fp32")  # fewer are of this precision
+    laptop("t5-adam@0", 43.0, 27.0, precision="fp32")
     status, out, _ = script(report, "effects", "--out", "a/e.png")
     assert status == 0 and Path("a/e.png").exists()
     shown = {"flags": "`train_pgdat.py --ls 0.3`", "paper: Clean": "-0.01", "AA": "+0.73", "ours: seeds": "2",
              "PGD-10": "**+1.50** ± 0.29"}
     assert cells(out, "t4-r18-ls0.3").items() >= shown.items()
-    assert "`t7-r18-bneval`" in out and "`t5-adam`" in out and "x-r18-ema" not in out
+    assert "`t7-r18-bneval`" in out and "x-r18-ema" not in out and "t5-adam" not in out
+    assert "| `t3-r18-b64` † |" in out and report.SPOILT in out
     robust, _ = report.show_effects(report.read_rows(), report.read_rows(laptop=True))[0].axes
-    assert {text.get_text() for text in robust.texts} == {"ls0.3", "bneval", "wd1e-4"}
-    assert robust.get_title().startswith("PGD-10, 3 runs: Spearman's rank correlation 1.00 (")
+    assert {text.get_text() for text in robust.texts} == {"ls0.3", "b64", "wd1e-4"}  # bneval's is +0.06
+    assert robust.get_title().startswith("PGD-10, 3 filled points: Spearman's rank correlation 1.00\n(")
     points = [(c.lines[0].get_xdata()[0], c.lines[0].get_ydata()[0]) for c in robust.containers]
-    assert np.array(points) == pytest.approx(np.array([(0.76, 1.5), (0.06, 0.2), (-7.15, -1.0)]))
+    want = [(-2.27, -3.0), (0.76, 1.5), (0.06, 0.2), (-7.15, -1.0)]
+    assert np.array(points) == pytest.approx(np.array(want))
+    assert [c.lines[0].get_markerfacecolor() == "w" for c in robust.containers] == [True, False, False, False]
+    assert robust.get_xlim() == robust.get_ylim() == pytest.approx((1.3 * -7.15, 1.3 * 1.5))
+    assert [*zip(robust.get_xlim(), robust.get_ylim())] in drawn(robust)  # y = x
 
 
 # ---- Figures and curves ------------------------------------------------------------------------------------
@@ -347,21 +383,24 @@ def test_figures_are_the_curves_of_the_runs_and_the_papers_figures(script):
                            "hollow: the paper's best epoch"]
     one = report.show_figure("f1", report.read_rows())  # f1b's rows are three of f1a's
     assert len(legend(one)) == 14 + 2 and [len(drawn(ax)) for ax in one.axes] == [2 + 4] * 2
-    assert script(report, "f4")[0] == 0 and {*Path("figures").iterdir()} == {
-        Path("figures/f4.png"), Path("figures/f4.pdf")}
+    assert script(report, "f4")[0] == 0 and Path("figures/f4.png").exists()
 
 
 def test_curves_of_runs(script):
-    paths = [write("t2-base@1"), laptop("s1-wong2020"), laptop("f4-wd1e-4", epochs=41)]
+    paths = [write(BASE), laptop("s1-wong2020"), write("t4-r18-ls0.3", epochs=101)]
     assert script(report, "curves", *paths)[0] == 0 and Path("figures/curves.png").exists()
-    fig = report.show_curves(paths)
-    first, second, third = map(drawn, fig.axes)
-    train, test, star, robust, star_robust, *decays = first
-    assert train[0] == (1, 60) and star == [(40, 89)] and star_robust == [(40, 59)]
-    assert [line[0][0] for line in decays] == [100, 105] and len(second) == 5  # one-cycle: no decay
-    assert [line[0][0] for line in third[5:]] == [40]  # the decay at 42 is still to come
+    fig = report.show_curves(paths[::2])
+    first, _, robust, other = map(drawn, fig.axes)
+    train, test, _, star, *decays = first
+    assert train[0] == (1, 60) and test[0] == (1, 50) and star == [(40, 89)]
+    assert [line[0][0] for line in decays] == [100, 105]
+    assert robust[0][0] == (1, 20) and robust[1] == [(40, 59)]
+    assert [line[0][0] for line in other[2:]] == [100]  # the decay at 105 is still to come
+    assert [ax.get_title() for ax in fig.axes[:2]] == ["the default setting", "label smoothing 0.3"]
     decays = "the learning rate decays"
-    assert decays in legend(fig) and decays not in legend(report.show_curves(paths[1:2]))
+    one = report.show_curves(paths[1:2])
+    assert decays in legend(fig) and decays not in legend(one)  # one-cycle
+    assert one.axes[0].get_title() == "s1-wong2020"  # no other run to differ from
 
 
 def test_the_best_epoch_is_that_of_best_pt():

@@ -3,7 +3,10 @@
 import math
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from utils import best
 
@@ -23,31 +26,26 @@ def subplots(columns, width, height=3.2, rows=1, **shared):
 def place_names(ax, points):
     """Write names beside their points, each at the nearest place where it covers no point and no other name.
 
-    points: [(x, y, name, colour)], markers of 3 points' radius. A line of that colour joins name and point.
+    points: [(x, y, name, colour)]; without a name it is only kept free. A line joins name and point.
     """
-    points = sorted(points, key=lambda point: -len(point[2]))  # a short name finds a place anywhere
     ax.figure.draw_without_rendering()  # places the axes
-    pixels, frame = ax.figure.dpi / 72, ax.get_window_extent()  # pixels of a point of print
-    r = 3 * pixels
-    at = ax.transData.transform([point[:2] for point in points])
-    taken = [(u - r, v - r, u + r, v + r) for u, v in at]  # left, bottom, right, top, in pixels
-    for (x, y, name, colour), (u, v) in zip(points, at):
+    pixel, frame = 72 / ax.figure.dpi, ax.get_window_extent()
+    taken = [Bbox([at - 4 / pixel, at + 4 / pixel]) for at in ax.transData.transform([p[:2] for p in points])]
+    for x, y, name, colour in sorted(points, key=lambda p: -len(p[2])):  # a short name finds a place anywhere
+        if not name:
+            continue
         line = {"arrowstyle": "-", "linewidth": 0.6, "color": colour, "shrinkB": 3}
-        text = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=6.5, ha="center",
-                           va="center", arrowprops=line)
+        text = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=7, ha="center",
+                           va="center", arrowprops=line, bbox={"color": "w", "alpha": 0.6, "pad": 0})
         text.set_in_layout(False)
-        box = text.get_window_extent()
-        w, h = box.width / 2 + pixels, box.height / 2
+        width, height = (pixel * side / 2 for side in text.get_window_extent().size)
         for i in range(24, 24 * 40):  # ring after ring, 3 points apart, of 24 places each
-            angle, ring = 2 * math.pi * i / 24, r * (1 + i // 24)
-            dx, dy = (w + ring) * math.sin(angle), (h + ring) * math.cos(angle)
-            left, bottom, right, top = mine = u + dx - w, v + dy - h, u + dx + w, v + dy + h
-            inside = frame.x0 < left and right < frame.x1 and frame.y0 < bottom and top < frame.y1
-            if inside and not any(left < c and a < right and bottom < d and b < top for a, b, c, d in taken):
+            angle, ring = 2 * math.pi * i / 24, 3 * (1 + i // 24)
+            text.set_position(((width + ring) * math.sin(angle), (height + ring) * math.cos(angle)))
+            box = Text.get_window_extent(text)  # without the line
+            if frame.containsx(box.x0) and frame.containsx(box.x1) and not box.count_overlaps(taken):
                 break
-        text.set_position((dx / pixels, dy / pixels))
-        text.arrow_patch.set_visible(i >= 3 * 24)  # which a name that touches its point does not need
-        taken.append(mine)
+        taken.append(box)
 
 
 # ---- Learning curves ---------------------------------------------------------------------------------------
@@ -68,25 +66,29 @@ def plot(ax, entries, key, line, **style):
 
 
 def draw_runs(runs):
-    """A panel a run: test (thick) and training accuracy (thin). runs: [(name, log, epochs of its decays)]."""
-    columns = min(2, len(runs))
-    rows = -(-len(runs) // columns)
-    fig, axes = subplots(columns, 4.5 * columns + 0.5, 2.8 * rows + 0.7, rows, sharey=True)
-    for ax, (title, log, decays) in zip(axes.flat, runs):
+    """A column a run: training and test accuracy above, robust test accuracy on an axis of its own below.
+
+    runs: [(title, log, epochs of its decays)].
+    """
+    fig, axes = subplots(len(runs), 2.6 * len(runs) + 1, 5.2, 2, sharex="col", sharey="row")
+    for (upper, lower), (title, log, decays) in zip(axes.T, runs):
         entry, split = chosen(log)
-        for metric, key, name, colour in (("clean", "train_clean_acc", "clean", COLOURS[1]),
-                                          ("pgd10", "train_adv_acc", "adversarial", COLOURS[0])):
-            thin, thick = {"color": colour, "linewidth": 0.7}, {"color": colour, "linewidth": 2}
-            plot(ax, log, key, "-", label=f"training, {name}", **thin)
-            plot(ax, log, f"{split}_{metric}", ".-", label=f"{split}, {METRICS[metric]}", **thick)
-            plot(ax, entry, f"{split}_{metric}", "k*", markersize=10, zorder=3)
-        for epoch in decays:
-            ax.axvline(epoch, color="0.5", linestyle=":")
+        for key, colour, width, name in (("train_clean_acc", COLOURS[1], 0.7, "training, clean"),
+                                         ("train_adv_acc", COLOURS[0], 0.7, "training, adversarial"),
+                                         (f"{split}_clean", COLOURS[1], 2, f"{split}, clean"),
+                                         (f"{split}_pgd10", COLOURS[0], 2, f"{split}, PGD-10")):
+            plot(upper, log, key, "-", label=name, color=colour, linewidth=width)
+        plot(lower, log, f"{split}_pgd10", ".-", color=COLOURS[0], linewidth=2)
+        for ax, key in ((upper, f"{split}_clean"), (lower, f"{split}_pgd10")):
+            plot(ax, entry, key, "k*", markersize=9, zorder=3)
+            for epoch in decays:
+                ax.axvline(epoch, color="0.5", linestyle=":")
         robust = [e[f"{split}_pgd10"] for e in log if e.get(f"{split}_pgd10") is not None]
-        about = f"\nPGD-10: best {max(robust):.2f}, last {robust[-1]:.2f}" if robust else ""
-        ax.set(title=title + about, xlabel="epoch", ylabel="accuracy (%)", xlim=(0, 1.02 * len(log)))
-    for ax in axes.flat[len(runs):]:
-        ax.remove()
+        about = f"PGD-10: best {max(robust):.2f}, last {robust[-1]:.2f}" if robust else ""
+        upper.set(title=title, xlim=(0, 1.02 * len(log)))
+        lower.set(title=about, xlabel="epoch")
+    axes[0, 0].set_ylabel("accuracy (%)")
+    axes[1, 0].set_ylabel("PGD-10 accuracy (%)")
     axes[0, 0].plot([], [], "k*", label="best epoch")
     if any(decays for _, _, decays in runs):
         axes[0, 0].plot([], [], "k:", label="the learning rate decays")
@@ -128,29 +130,58 @@ def draw_figure(rows):
 # ---- Effects -----------------------------------------------------------------------------------------------
 
 
-def draw_effects(panels):
-    """The paper's effect of a trick against ours at laptop scale, in percentage points, a panel each.
+def ranks(x):
+    """Ranks from 1 along the last axis; equal values share the mean of theirs."""
+    a, b = x[..., :, None], x[..., None, :]
+    return (a > b).sum(-1) + ((a == b).sum(-1) + 1) / 2
 
-    panels: {title: [(name, table, the paper's effect, ours, its standard error or None)]}.
+
+def spearman(x, y):
+    """Spearman's rank correlation along the last axis: Pearson's of the ranks."""
+    x, y = (r - r.mean(-1, keepdims=True) for r in (ranks(x), ranks(y)))
+    with np.errstate(invalid="ignore"):
+        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+
+
+def bootstrap_interval(x, y, resamples=10_000):
+    """The 95 % interval of spearman(x, y) over resampled points."""
+    picks = np.random.default_rng(0).integers(len(x), size=(resamples, len(x)))
+    return np.nanpercentile(spearman(x[picks], y[picks]), [2.5, 97.5])
+
+
+def draw_effects(panels):
+    """The paper's effects against ours at laptop scale, a panel each. Those beyond one point have a name.
+
+    panels: {title: [(name, table, the paper's effect, ours, its standard error or None, hollow)]}.
     """
     tables = sorted({point[1] for points in panels.values() for point in points}, key=lambda t: int(t[1:]))
-    look = {table: {"color": colour, "marker": marker, "markeredgecolor": "k", "markeredgewidth": 0.4}
-            for table, colour, marker in zip(tables, COLOURS, "os^Dv<>P")}
-    fig, axes = subplots(len(panels), 12, 6.8)
+    looks = {table: {"color": colour, "marker": marker, "markeredgecolor": "k", "markeredgewidth": 0.4}
+             for table, colour, marker in zip(tables, 2 * COLOURS, 2 * "os^Dv<>P")}
+    fig, axes = subplots(len(panels), 12, 6.7)
     for ax, (title, points) in zip(axes[0], panels.items()):
-        ax.axhline(0, color="0.6", linewidth=0.8)
-        ax.axvline(0, color="0.6", linewidth=0.8)
-        for _, table, x, y, error in points:
-            ax.errorbar(x, y, error, markersize=5, elinewidth=0.6, zorder=3, **look[table])
-        ax.margins(0.08)
-        ax.set(title=title, xlabel="the paper's effect, in percentage points", xscale="asinh", yscale="asinh",
-               ylabel="ours (tiny network, 2,500 images, 44 epochs), in percentage points")
+        for _, table, x, y, error, hollow in points:
+            face = {"markerfacecolor": "w", "markeredgecolor": looks[table]["color"]} if hollow else {}
+            ax.errorbar(x, y, error, markersize=5, elinewidth=0.6, zorder=3, **looks[table] | face)
+        x, y = np.array([(x, y) for _, _, x, y, _, hollow in points if not hollow]).T
+        low, high = bootstrap_interval(x, y)
+        title += (f", {len(x)} filled points: Spearman's rank correlation {spearman(x, y):.2f}\n"
+                  f"(95 % interval {low:.2f} to {high:.2f}). Effects beyond one point are named.")
+        values = [value for point in points for value in point[2:4]]
+        ends = 1.3 * min(-1, *values), 1.3 * max(1, *values)
+        ax.plot(ends, ends, color="0.6", linewidth=0.8, linestyle="--", label="y = x")
+        for end in ends:
+            ax.fill_between([0, end], 0, end, color="0.93", zorder=0)  # where both have one sign
+        ax.set(title=title, xlabel="the paper's effect, in percentage points (asinh scale)", xscale="asinh",
+               yscale="asinh", xlim=ends, ylim=ends, box_aspect=1,
+               ylabel="ours at laptop scale, in percentage points (asinh scale)")
         for axis in (ax.xaxis, ax.yaxis):  # linear up to about a point, where most effects are
             axis.set_major_locator(FixedLocator([-16, -8, -4, -2, -1, -0.5, 0, 0.5, 1, 2, 4, 8, 16]))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_locator(NullLocator())
-        place_names(ax, [(x, y, name, look[table]["color"]) for name, table, x, y, _ in points])
-    for table, style in look.items():
-        axes[0, 0].plot([], [], linestyle="", label=f"Table {table[1:]}", **style)
-    fig.legend(loc="outside lower center", ncols=len(look))
+        place_names(ax, [(x, y, name if max(abs(x), abs(y)) > 1 else "", looks[table]["color"])
+                         for name, table, x, y, *_ in points])
+    for table, look in looks.items():
+        axes[0, 0].plot([], [], linestyle="", label=f"Table {table[1:]}", **look)
+    axes[0, 0].plot([], [], "o", color="k", markerfacecolor="w", label="spoilt by a small last batch")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(looks) + 2)
     return fig
