@@ -103,13 +103,16 @@ def test_seeds_rows_that_are_the_same_run_and_both_folders():
     write(f"{BASE}@0", 82.0, 53.0, 48.0, root="results")
     write(f"{BASE}@01", 83.0, 54.0, 49.0)
     write(f"{BASE}@2", epochs=7)          # in training
-    write("t4-r18-ls0.1", 82.69, 54.04, 48.76)
+    write("t4-r18-ls0.1", 82.69, 54.04, 48.76, eval_every=5, eval_from=100)
     want = {"seeds": "2 in tf32", "Clean": "82.50 ± 0.71 (82.52, -0.02)",
             "PGD-10": "53.50 ± 0.71 (53.58, -0.08)", "AA": "48.50 ± 0.71 (48.51, -0.01)"}
     assert table("t2", BASE).items() >= want.items()
     assert table("t4", "t4-r18-ls0").items() >= want.items()  # `= t2-base`
     assert table("t4", "t4-r18-ls0.1")["AA"] == "48.76 (48.76, +0.00)"
     assert table("t4", "t4-r18-ls0.2")["AA"] == "(49.20)"
+    remark = "was tested after other epochs than its row: --eval-every was 1, is 5; --eval-from was 1, is 100"
+    text = report.show_table("t4", report.read_rows())
+    assert f"\nruns/t4-r18-ls0.1 {remark}" in text and text.count("other epochs") == 1
 
 
 def test_effects_at_full_scale_are_paired_within_the_network_beside_the_seeds_that_they_take():
@@ -126,7 +129,7 @@ def test_effects_at_full_scale_are_paired_within_the_network_beside_the_seeds_th
     assert table("t4", "t4-r18-ls0.3")["effect, AA"] == "**+0.80** ± 0.16, 2 of 3 seeds (+0.73)"
     assert table("t4", "t4-r18-ls0.1", "2 in tf32")["effect, AA"] == "+0.30 ± 0.16 (+0.25)"
     alone = table("t4", "t4-r18-ls0.1", "1 in bf16")
-    assert alone["AA"] == "60.00 (48.76, +11.24)" and alone["effect, AA"] == "(+0.25)"
+    assert alone["AA"] == "60.00 (48.76, **+11.24**)" and alone["effect, AA"] == "(+0.25)"
     # 8 (0.57 / 0.73)^2 = 4.88; 8 (0.57 / 0.25)^2 = 41.6; 8 (0.57 / 0.55)^2 = 8.6
     for row, needed in (("r18-ls0.3", "5"), ("r18-ls0.1", "42"), ("wrn10-ls0.1", "9")):
         assert table("t4", f"t4-{row}")["seeds needed"] == needed
@@ -201,6 +204,7 @@ def test_status_and_measured(script):
     out = script(report)[1]
     assert ("done: t2-base x2; running: t2-early-stop-40-70 (7 of 110 epochs); "
             "partial: t2-warmup-lr-10\n") in out
+    assert out.endswith("\n3.4 hours on abacus\n")
     write("quickstart", 41.0, 28.0, 25.0, n=100, root="results")
     write("quickstart@1", 43.0, 30.0, 25.0, n=100, root="results")
     assert script(report, "measured")[1].splitlines()[2:] == [  # of what is in results/ alone

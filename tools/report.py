@@ -34,13 +34,15 @@ from utils import HERE, NOT_A_SETTING, InputError, Parser, differences, run_scri
 BASES = {"train_pgdat.py": "t2-base", "train_trades.py": "t12-r18-wd5e-4-relu-bneval"}
 LAPTOP = {"clean": "clean", "pgd10": "pgd10", "apgd": "aa"}  # measured there: the paper's figure beside it
 WORDS = {"ls": "label smoothing", "ema": "weight averaging", "awp": "weight perturbation"}
+LIMITS = {"clean": 1.0, "pgd10": 1.0, "aa": 0.6}  # a figure further off the paper's is bold
+TESTING = ("eval_every", "eval_from")
 DEVIATION = 0.57  # of AA between seeds, of the best checkpoints of one setting: the largest published
 EFFECTS = """\
 Effects: ours (the paper's), against the row without a trick of the same network and eps, paired by seed and
 precision, ± a standard error from one variance pooled over all rows. Bold: beyond two of these."""
 LEGEND = f"""\
-Figures: the mean of our seeds ± their standard deviation (the paper's figure, ours less it). One correct run
-may be 1.0 off, in AA 0.6. ~: AutoAttack of some images only, an estimate that counts nowhere.
+Figures: the mean of our seeds ± their standard deviation (the paper's figure, ours less it). Bold: off by
+more than 1.0, in AA 0.6. ~: AutoAttack of some images only, an estimate that counts nowhere.
 {EFFECTS}
 Seeds needed: with so many of each setting the paper's effect on AA is two standard errors, if AA varies
 between seeds by {DEVIATION}, the largest standard deviation that others published."""
@@ -239,7 +241,7 @@ def deviations(run, row, seed):
     was, now = {"script": run.record["command"][0], **run.record["args"]}, row.setting | {"seed": seed}
     for setting in (was, now):
         setting["data"] = Path(setting["dataset"]).name
-        for key in ("precision", "compile", "eval_every", "eval_from"):  # how it was done, not what
+        for key in ("precision", "compile", *TESTING):  # how it was done, not what
             setting.pop(key, None)
     defaults, _ = parse(row.setting["script"])
     return differences(was, now, defaults)
@@ -376,7 +378,8 @@ def figure_cell(row, metric, precision):
     figures, paper = list(row.figures(metric, precision).values()), row.paper.get(metric)
     papers = "" if paper is None else f"{paper:.2f}"
     if figures and papers:
-        papers += f", {statistics.mean(figures) - paper:+.2f}"
+        off = statistics.mean(figures) - paper
+        papers += f", **{off:+.2f}**" if abs(off) > LIMITS[metric] else f", {off:+.2f}"
     parts = [beside(mean_text(figures), papers)]
     for result in (run.result for run in row.evaluated(precision) if metric == "aa"):
         if result["aa"] is not None and result["n_done"] and not result["complete"]:
@@ -399,6 +402,16 @@ def replications(row):
     return [f"{row.id} by others: {text}; {who}" for text, who in zip(figures, about)]
 
 
+def tested_otherwise(row):
+    """A line for each run that was not tested after the epochs that its row says: its best may be another."""
+    lines = []
+    for run in (run for run in row.all_runs() if row.setting):
+        was, now = ({k: args.get(k, 1) for k in TESTING} for args in (run.record["args"], row.setting))
+        if differ := differences(now, was, {}):
+            lines.append(f"{run.folder} was tested after other epochs than its row: {'; '.join(differ)}")
+    return lines
+
+
 def show_table(table, rows, laptop=None):
     """A table's rows, or at laptop scale its distinct runs, a line for each precision: settings, our figures
     and effects beside the paper's, and the seeds that its effect takes."""
@@ -418,7 +431,7 @@ def show_table(table, rows, laptop=None):
             changes = [effect_cell(effect.get(m), papers[theirs], seeds) for m, theirs in metrics.items()]
             lines.append([own.id + " †" * spoilt(own), *texts[own.id], seeds_text(own, precision, seeds),
                           *figures, *changes, needed])
-        notes += [] if laptop else replications(row)
+        notes += tested_otherwise(own) + ([] if laptop else replications(row))
     if any(spoilt(ours[row.id]) for row in shown.values()):
         notes.append(SPOILT)
     heads = ["Clean", "PGD-10", "APGD" if laptop else "AA"]
@@ -442,9 +455,11 @@ def state(row):
 
 
 def show_status(rows):
-    """A line a table: which distinct runs are done, running, evaluated in part, missing."""
-    tables, lines = {}, []
+    """A line a table: which distinct runs are done, running, evaluated in part, missing; and the hours."""
+    tables, lines, hours = {}, [], {}
     for row in (row for row in rows.values() if row.run == row.id):
+        for run in row.all_runs():
+            hours[run.about("device")] = hours.get(run.about("device"), 0) + run.seconds() / 3600
         kind, name = state(row)
         states = tables.setdefault(row.table, {"done": [], "running": [], "partial": [], "missing": []})
         states[kind].append(name)
@@ -452,7 +467,7 @@ def show_status(rows):
         counts = "  ".join(f"{len(names):3} {kind}" for kind, names in states.items())
         known = "; ".join(f"{k}: {', '.join(v)}" for k, v in states.items() if v and k != "missing")
         lines.append(f"{table:{max(map(len, tables))}}  {counts}   {known}".rstrip())
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"{h:.1f} hours on {device}" for device, h in hours.items())])
 
 
 def show_measured(rows):
