@@ -511,7 +511,7 @@ def steps(stream, args, epoch, steps_per_epoch, estimate):
             each, to_come = (now - began) / (step - 2), (args.epochs - epoch) * steps_per_epoch - step
             with tqdm.external_write_mode():  # not behind the progress bar
                 print(f"a step takes {each.total_seconds():.3g} s: the run ends on "
-                      f"{now + each * to_come:%Y-%m-%d at %H:%M}, later by the time of its tests", flush=True)
+                      f"{now + each * to_come:%Y-%m-%d at %H:%M}, tests not counted", flush=True)
             estimate = False
         yield batch
 
@@ -754,7 +754,7 @@ def show_epoch(args, log):
     for epoch in range(entry["epoch"] + 1, args.epochs + 1):
         alike = [e["seconds"] for e in log if is_tested(args, e["epoch"]) == is_tested(args, epoch)]
         seconds += np.mean(alike or [e["seconds"] for e in log])
-    left = f"{datetime.timedelta(seconds=round(seconds))} left" + ("" if best(log) else " without the tests")
+    left = f"{datetime.timedelta(seconds=round(seconds))} left{'' if best(log) else ', tests not counted'}"
     print(f"{entry['epoch']:4}/{args.epochs}  lr {entry['lr']:.1e}  loss {entry['train_loss']:.4f}  "
           f"train adv {adv} clean {clean}  {split} clean {test_clean} PGD-10 {pgd10} "
           f"{'*' if best(log) is entry else ' '}  {entry['seconds']:.0f} s, {left}", flush=True)
