@@ -61,7 +61,7 @@ def test_the_time_left_is_from_the_mean_of_tested_and_untested_epochs(capsys):
     # 31 s for 23 steps: at 3:51 three epochs of 50 have 125 steps to go, which take 168 s
     ((100, 100, *[2] * 8, *[1] * 40), "a step takes 1.35 s: the run ends on 2021-05-03 at 12:06"),
     # 160 s for eight: at 2:46 there are 140 to go, 2,800 s
-    ((3, 3, *[10, 30] * 4, *[40] * 40), "a step takes 20 s: the run ends on 2021-05-03 at 12:49")])
+    ((3, 3, 40, 40, *[10] * 4, *[20] * 42), "a step takes 20 s: the run ends on 2021-05-03 at 12:49")])
 def test_a_line_says_once_when_the_run_ends(monkeypatch, capsys, steps, line):
     """After ten steps and half a minute; the first two do not count."""
     now = datetime.datetime(2021, 5, 3, 12)
