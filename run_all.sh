@@ -32,7 +32,8 @@ ids=() figures=() commands=() evaluations=() evaluate=""  # not the environment'
 row() { ids+=("$1") figures+=("$2") commands+=("${*:3}") evaluations+=("${evaluate:+ $evaluate}"); }
 same() { row "$1" "$2" "= $3"; }
 
-# Not in the paper: they show that everything works, on the embedded data.
+# Not in the paper: they show that everything works, on the embedded data. On a machine that others use they are several
+# times faster with OMP_NUM_THREADS=1 in front.
 evaluate="--n 100 --batch-size 20" row quickstart        -/-/- train_pgdat.py --model tiny --dataset data/cifar10_mini.npz --bn-mode eval --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle
 evaluate="--n 100 --batch-size 20" row quickstart-trades -/-/- train_trades.py --model tiny --dataset data/cifar10_mini.npz --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle
 # Table 2: early-stopped attack, warm-up of the learning rate, warm-up of eps; ResNet-18.

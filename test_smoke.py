@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from unittest import mock
 
 # First, because conftest limits torch's threads.
 from tests.conftest import ROOT, TINY, log, needs_bf16, script, small_npz, spawn, train  # noqa: F401
@@ -83,10 +84,18 @@ def test_every_trick_trains(script, small_npz, tmp_path, module, flags):
 
 
 @pytest.mark.parametrize("module", [train_pgdat, train_trades], ids=lambda module: module.__name__)
-def test_eval_from_and_eval_every_choose_the_epochs_that_are_tested(script, small_npz, tmp_path, module):
-    argv = (*TINY, "--dataset", small_npz, "--n-train", 48, "--steps", 1, "--epochs", 7)
-    status, _, err = script(module, *argv, "--eval-from", 3, "--eval-every", 2, "--out", tmp_path / "run")
-    assert status == 0, err
+def test_which_epochs_are_tested_and_which_say_when_the_run_ends(script, small_npz, tmp_path, module,
+                                                                 monkeypatch):
+    """--eval-from and --eval-every choose the former; the latter are the first ones, also after a Ctrl-C."""
+    argv = (*TINY, "--dataset", small_npz, "--n-train", 48, "--steps", 1, "--epochs", 7, "--eval-from", 3,
+            "--eval-every", 2, "--out", tmp_path / "run", "--resume")
+    seen, steps = [], utils.steps
+    monkeypatch.setattr(utils, "steps", lambda *args: seen.append(args[-1]) or steps(*args))
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "show_epoch", mock.Mock(side_effect=[None, KeyboardInterrupt]))
+        assert script(module, *argv)[0] == 130
+    status, _, err = script(module, *argv)
+    assert status == 0 and seen == [True, False, True, False, False, False, False], err
     entries = log(tmp_path / "run")
     assert [e["epoch"] for e in entries if "test_pgd10" in e] == [4, 6, 7]
     best = utils.load_checkpoint(tmp_path / "run" / "best.pt")["log"][-1]
@@ -180,7 +189,7 @@ def test_three_copied_names_train_and_resume_on_data_of_ones_own_and_serve_a_loo
     command = [sys.executable, "train_pgdat.py", *TINY, "--epochs", 1, "--out", "run", "--resume"]
     for _ in range(2):
         done = spawn(*command, "--dataset", "mine.npz", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 and "eval_aa" not in done.stdout, done.stderr
     assert utils.load_checkpoint(tmp_path / "run" / "best.pt")["num_classes"] == 3
     done = spawn(*command, cwd=tmp_path)  # of CIFAR-10, which data/prepare.py would fetch
     assert done.returncode == 2 and "there is no data/cifar10.npz; --dataset takes" in done.stderr

@@ -207,13 +207,14 @@ def main():
     log = utils.start_or_resume(args, saved, defaults=parse_args([]))  # an entry for each epoch that is done
     print(f"{args.model}: {args.epochs} epochs of {len(labels):,} images, {steps_per_epoch:,} steps each")
 
-    for epoch in range(len(log), args.epochs):
+    first = len(log)  # of this process: after some steps a line says when the run will end
+    for epoch in range(first, args.epochs):
         began, meter = time.time(), utils.Meter(device)
         data_rng = seeded(device, args.seed, "data", epoch)
         # Random crops and flips; the authors pad by reflection. SHARD: the part of one of several processes.
         stream = batches(images, labels, args.batch_size, data_rng, padding="reflect", shard=utils.SHARD)
         model.train()
-        for step, (x, y) in enumerate(utils.progress(stream, f"epoch {epoch + 1}", steps_per_epoch)):
+        for step, (x, y) in enumerate(utils.steps(stream, args, epoch, steps_per_epoch, epoch == first)):
             t = epoch + step / steps_per_epoch
             lr = warmup(t, args.warmup_lr) * lr_at(t, args.lr, args.lr_schedule, args.epochs,
                                                    args.lr_decay_epochs, args.lr_decay_factor)
@@ -236,8 +237,6 @@ def main():
                     "seconds": round(time.time() - began, 2)})
         utils.save(args, saved, log)
         utils.show_epoch(args, log)
-    print(f"the best epoch is {utils.best(log)['epoch']}: {args.out}/best.pt\n"
-          f"evaluate it with: python eval_aa.py {args.out}")
 
 
 if __name__ == "__main__":

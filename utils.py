@@ -381,6 +381,7 @@ def put_back(copied):
 WORLD, RANK = (int(os.environ[key]) if dist.is_torchelastic_launched() else default
                for key, default in (("WORLD_SIZE", 1), ("RANK", 0)))
 SHARD = slice(RANK, None, WORLD)
+progress = partial(tqdm, leave=False, disable=True if RANK else None)  # a bar if stderr is a terminal
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -506,9 +507,21 @@ def run_script(main):
     sys.exit(status)
 
 
-def progress(iterable, name, total):
-    """The iterable, under a progress bar if stderr is a terminal."""
-    return tqdm(iterable, name, total, leave=False, disable=True if RANK else None)
+def steps(stream, args, epoch, steps_per_epoch, estimate):
+    """The batches of an epoch (from 0). With estimate a line says what a step takes and when the run ends,
+    after ten steps and half a minute. The clock starts after two steps, since these may compile. It does not
+    wait for a GPU, which may be a few steps behind."""
+    for step, batch in enumerate(progress(stream, f"epoch {epoch + 1}", steps_per_epoch)):
+        now = datetime.datetime.now()
+        if step == 2:
+            began = now
+        if estimate and step >= 10 and now - began > datetime.timedelta(seconds=30):
+            each, to_come = (now - began) / (step - 2), (args.epochs - epoch) * steps_per_epoch - step
+            with tqdm.external_write_mode():  # not behind the progress bar
+                print(f"a step takes {each.total_seconds():.3g} s: the run ends on "
+                      f"{now + each * to_come:%Y-%m-%d at %H:%M}, tests not counted", flush=True)
+            estimate = False
+        yield batch
 
 
 # Device
@@ -581,13 +594,12 @@ def compile_training(model, attack, args, n_train):
     """Compile the model in place. Returns the attack to train with: on CUDA it becomes a CapturedAttack."""
     if n_train < args.batch_size:
         raise InputError(f"--compile has no effect: {n_train} images are less than a batch of "
-                         f"{args.batch_size}, and smaller batches run uncompiled")
+                         f"{args.batch_size}")
     model.compile(dynamic=False)
     if next(model.parameters()).device.type != "cuda":
         return attack
     if getattr(args, "attack", "pgd") == "none" or getattr(args, "early_stop_pgd", None):
-        print("note: no CUDA graph: with --attack none there is no attack, and with --early-stop-pgd its "
-              "length depends on the images")
+        print("note: no CUDA graph: --attack none has no attack, --early-stop-pgd one of varying length")
         return attack
     return CapturedAttack(attack, model)
 
@@ -626,22 +638,15 @@ class CapturedAttack:
 
 
 def capture(function):
-    """(a CUDA graph of function(), the tensor that its replays write). Raises InputError if the GPU has too
-    little memory for it."""
+    """(a CUDA graph of function(), the tensor that its replays write)."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # warm-up: compilation and cuDNN's choice of algorithms cannot be captured
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            return graph, function()
-    except RuntimeError as e:  # leaving the capture may raise another error on top of the first
-        if not any(isinstance(error, torch.OutOfMemoryError) for error in (e, e.__context__)):
-            raise
-        raise InputError("the GPU has too little memory for the CUDA graph of the attack: train without "
-                         "--compile, or with a smaller --batch-size") from None
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # warm-up: compilation and cuDNN's choice of algorithms cannot be captured
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        return graph, function()
 
 
 def sum_over_processes(tensor):
@@ -654,12 +659,9 @@ def sum_over_processes(tensor):
 
 
 def share_training(model, optimizer, args, n_train):
-    """If torchrun started several processes, let them train the model together.
-
-    On CUDA batch norm uses the statistics of the whole batch. torch has no such layer for the CPU: there
-    every process normalises by its own part, and all use the first one's running statistics, as with
-    DataParallel, which the authors used.
-    """
+    """If torchrun started several processes, let them train the model together. On CUDA batch norm uses the
+    statistics of the whole batch. torch has no such layer for the CPU: there every process normalises by its
+    own part, and all use the first one's running statistics, as with DataParallel, which the authors used."""
     if WORLD == 1:
         return
     cuda = next(model.parameters()).device.type == "cuda"
@@ -715,11 +717,15 @@ class Meter:
         return {"train_loss": round(loss / images, 5), "train_adv_acc": adv, "train_clean_acc": clean}
 
 
+def is_tested(args, epoch):
+    """Whether an epoch (from 1) is tested: --eval-every and --eval-from choose; the last one always is."""
+    return epoch >= args.eval_from and epoch % args.eval_every == 0 or epoch == args.epochs
+
+
 def test_pgd10(model, splits, args, epoch):
-    """The test figures for the log, of {split: (images, labels)}; none if --eval-every or --eval-from leave
-    the epoch (from 0) out. After standard training PGD-10 is left out."""
-    due = epoch + 1 >= args.eval_from and (epoch + 1) % args.eval_every == 0
-    if not due and epoch + 1 < args.epochs:
+    """The test figures for the log, of {split: (images, labels)}; none if the epoch (from 0) is not tested.
+    After standard training PGD-10 is left out."""
+    if not is_tested(args, epoch + 1):
         return {}
     figures, steps = {}, 0 if getattr(args, "attack", "pgd") == "none" else 10
     for split, (images, labels) in splits.items():
@@ -740,31 +746,36 @@ def best(log):
 
 
 def show_epoch(args, log):
-    """Print a line for the last epoch of the log, starred if it is the best so far."""
+    """Print a line for the last epoch of the log, starred if it is the best so far, and at the end what to do
+    next. The time left is from the mean of the epochs so far, tested and untested apart."""
     entry, split = log[-1], "val" if args.val else "test"
     keys = ("train_adv_acc", "train_clean_acc", f"{split}_clean", f"{split}_pgd10")
     adv, clean, test_clean, pgd10 = ("   -  " if entry.get(k) is None else f"{entry[k]:6.2f}" for k in keys)
-    remaining = datetime.timedelta(seconds=round(entry["seconds"] * (args.epochs - entry["epoch"])))
+    seconds = 0
+    for epoch in range(entry["epoch"] + 1, args.epochs + 1):
+        alike = [e["seconds"] for e in log if is_tested(args, e["epoch"]) == is_tested(args, epoch)]
+        seconds += np.mean(alike or [e["seconds"] for e in log])
+    left = f"{datetime.timedelta(seconds=round(seconds))} left{'' if best(log) else ', tests not counted'}"
     print(f"{entry['epoch']:4}/{args.epochs}  lr {entry['lr']:.1e}  loss {entry['train_loss']:.4f}  "
           f"train adv {adv} clean {clean}  {split} clean {test_clean} PGD-10 {pgd10} "
-          f"{'*' if best(log) is entry else ' '}  {entry['seconds']:.0f} s, {remaining} left", flush=True)
+          f"{'*' if best(log) is entry else ' '}  {entry['seconds']:.0f} s, {left}", flush=True)
+    if entry["epoch"] == args.epochs:
+        print(f"the best epoch is {best(log)['epoch']}: {args.out}/best.pt")
+        if (HERE / "eval_aa.py").exists():  # it may not have been copied
+            print(f"evaluate it with: python eval_aa.py {args.out}")
 
 
 # Files. last.pt is the run: its setting, log and state. It is written first, and --resume writes best.pt and
 # log.jsonl again, so that they agree with it whenever a run was killed.
 
 LOCKS = []  # files that are open, and locked, until the script ends
-ONLY_IN_LAST = ("model", "optimizer")  # not in best.pt
 
 
 def start_or_resume(args, saved, defaults):
     """Start a run in the folder args.out, or resume the one that is there. Returns its log, [] at the start.
-
     saved: what checkpoints hold, by name; what has a state_dict gets back that of last.pt, and the setting,
     versions and device are added. "state_dict" is the network that is tested. defaults: the args of a command
-    line without flags; a run that is older than a flag has its default. Raises InputError if the folder holds
-    a run and --resume is not given, or if that run has another setting.
-    """
+    line without flags; a run that is older than a flag has its default."""
     out, log = Path(args.out), []
     now = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]],
            **environment(next(saved["state_dict"].parameters()).device)}
@@ -832,7 +843,7 @@ def save(args, saved, log):
 def write_best_and_log(out, checkpoint):
     log = checkpoint["log"]
     if best(log) is log[-1]:
-        checkpoint = {k: v for k, v in checkpoint.items() if k not in ONLY_IN_LAST}
+        checkpoint = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
         write_whole(out / "best.pt", partial(torch.save, checkpoint))
     lines = "".join(json.dumps(entry) + "\n" for entry in log)
     write_whole(out / "log.jsonl", lambda file: file.write(lines.encode()))

@@ -11,8 +11,8 @@ ROWS: id in the manifest -> (figures, settings). Figures are clean/PGD-10/AA in 
 it prints none. Settings are what differs from the script's defaults, by the names in vars(args); besides,
 "script" where it is train_trades.py and, in Table 1, "judged": the checkpoint that counts, "best" or "last".
 SAME_SETTING: rows of the figures whose setting is also a table's row, and that row's figures.
-UNSTATED: rows of Figure 1(a) whose weight decay the text does not give. NOT_THE_PAPERS: rows of our own.
-RELEASED: the authors' checkpoints of Table 13's models. TABLE_13_QUOTED: Table 13's rows of other methods.
+UNSTATED: rows of Figure 1(a) whose weight decay the text does not give. RELEASED: the authors' checkpoints of
+Table 13's models. TABLE_13_QUOTED: Table 13's rows of other methods. The manifest may have other rows too.
 
 The paper's default setting (Section 3) is train_pgdat.py's: PGD-AT, ResNet-18, batch size 128, SGD with
 momentum, lr 0.1, weight decay 5e-4, ReLU, no label smoothing, BN in train mode, 110 epochs, lr x 0.1 at 100
@@ -279,11 +279,6 @@ SAME_SETTING = {
 UNSTATED = (
     "f1a-r18-wd5e-5", "f1a-r18-wd3e-4", "f1a-r18-wd7e-4", "f1a-r18-wd1e-3",
     "f1a-wrn10-wd5e-5", "f1a-wrn10-wd3e-4", "f1a-wrn10-wd7e-4", "f1a-wrn10-wd1e-3",
-)
-
-NOT_THE_PAPERS = (
-    "quickstart", "quickstart-trades", "x-r18-bntrain-clean0", "x-r18-bneval-clean0",
-    "x-r18-ema", "x-r18-awp", "x-r18-ema-awp", "x-trades-r18-awp",
 )
 
 # Evaluated, not trained: settings by the names of eval_aa.py's flags. The authors' evaluator normalises no

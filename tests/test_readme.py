@@ -33,11 +33,6 @@ def test_a_command_is_one(command):
         assert command == "pip install -r requirements.txt" or words[0] == "sbatch"
 
 
-def test_the_number_of_slurm_jobs_is_that_of_the_runs():
-    ids = spawn("bash", "run_all.sh", "ids").stdout.splitlines()
-    assert f"--array=1-{len(ids)} " in README
-
-
 def test_flags_and_links_exist(capfd):
     known = {"--nproc_per_node", "--array", "--gres", "--wrap", "--process-slot-var", "--trades", "--laptop"}
     for module in PARSERS.values():

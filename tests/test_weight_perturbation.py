@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, Affine
+from test_models import NUMBER_OF_KEYS
 
 import models
 import train_pgdat
@@ -164,7 +165,7 @@ def test_it_starts_after_the_warm_up(module, script, small_npz, tmp_path, monkey
     assert status == 0 and seen == [*["step"] * 4, "step", 0.005, "step", 0.005], err
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", NUMBER_OF_KEYS)
 def test_tensors_with_more_than_one_dimension_are_the_weights_of_layers(name):
     """The authors take those that are also called weights; here none is called otherwise."""
     with torch.device("meta"):
