@@ -638,15 +638,22 @@ class CapturedAttack:
 
 
 def capture(function):
-    """(a CUDA graph of function(), the tensor that its replays write)."""
+    """(a CUDA graph of function(), the tensor that its replays write). Raises InputError if the GPU has too
+    little memory for it."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # warm-up: compilation and cuDNN's choice of algorithms cannot be captured
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
-        return graph, function()
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # warm-up: compilation and cuDNN's choice of algorithms cannot be captured
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            return graph, function()
+    except RuntimeError as e:  # leaving the capture may raise another error on top of the first
+        if not any(isinstance(error, torch.OutOfMemoryError) for error in (e, e.__context__)):
+            raise
+        raise InputError("the GPU has too little memory for the CUDA graph of the attack: train without "
+                         "--compile, or with a smaller --batch-size") from None
 
 
 def sum_over_processes(tensor):

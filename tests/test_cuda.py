@@ -179,7 +179,28 @@ def test_graph_is_used_or_a_line_says_why_not(train, graphs, machine, flags, not
     assert [replayed.replays for replayed in graphs] == ([] if note else [2])
 
 
-def test_compile_is_refused_where_no_batch_is_whole(train):
+def test_graph_that_does_not_fit_and_batches_that_are_none(train, monkeypatch):
+    def full(stream):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    @contextlib.contextmanager
+    def broken_off(graph):
+        try:
+            yield
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.Mock)
+    monkeypatch.setattr(torch.cuda, "Stream", mock.Mock)
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "stream", full)
+        with pytest.raises(utils.InputError, match="train without --compile"):
+            utils.capture(None)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", broken_off)
+    with pytest.raises(utils.InputError, match="train without --compile"):
+        utils.capture(lambda calls=iter([0, 0, 0]): next(calls, None) is None and full(None))
     status, _, err = train("--compile", "--batch-size", 97)
     assert status == 2 and "--compile has no effect: 96 images are less than a batch of 97" in err
 
