@@ -84,15 +84,13 @@ def test_every_trick_trains(script, small_npz, tmp_path, module, flags):
 
 
 @pytest.mark.parametrize("module", [train_pgdat, train_trades], ids=lambda module: module.__name__)
-def test_which_epochs_are_tested_and_which_say_when_the_run_ends(script, small_npz, tmp_path, module,
-                                                                 monkeypatch):
-    """--eval-from and --eval-every choose the former; the latter are the first ones, also after a Ctrl-C."""
+def test_which_epochs_are_tested_and_which_estimate_the_end(script, small_npz, tmp_path, monkeypatch, module):
     argv = (*TINY, "--dataset", small_npz, "--n-train", 48, "--steps", 1, "--epochs", 7, "--eval-from", 3,
             "--eval-every", 2, "--out", tmp_path / "run", "--resume")
     seen, steps = [], utils.steps
     monkeypatch.setattr(utils, "steps", lambda *args: seen.append(args[-1]) or steps(*args))
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "show_epoch", mock.Mock(side_effect=[None, KeyboardInterrupt]))
+        patch.setattr(utils, "show_epoch", mock.Mock(side_effect=[None, KeyboardInterrupt]))  # two epochs
         assert script(module, *argv)[0] == 130
     status, _, err = script(module, *argv)
     assert status == 0 and seen == [True, False, True, False, False, False, False], err

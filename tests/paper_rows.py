@@ -11,8 +11,8 @@ ROWS: id in the manifest -> (figures, settings). Figures are clean/PGD-10/AA in 
 it prints none. Settings are what differs from the script's defaults, by the names in vars(args); besides,
 "script" where it is train_trades.py and, in Table 1, "judged": the checkpoint that counts, "best" or "last".
 SAME_SETTING: rows of the figures whose setting is also a table's row, and that row's figures.
-UNSTATED: rows of Figure 1(a) whose weight decay the text does not give. RELEASED: the authors' checkpoints of
-Table 13's models. TABLE_13_QUOTED: Table 13's rows of other methods. The manifest may have other rows too.
+UNSTATED: rows of Figure 1(a) whose weight decay the text does not give. RELEASED: released checkpoints of
+Table 13's models. The manifest may have other rows too.
 
 The paper's default setting (Section 3) is train_pgdat.py's: PGD-AT, ResNet-18, batch size 128, SGD with
 momentum, lr 0.1, weight decay 5e-4, ReLU, no label smoothing, BN in train mode, 110 epochs, lr x 0.1 at 100
@@ -292,14 +292,4 @@ RELEASED = {
     "t13-rice2020-released": ("85.34/-/53.42", {"model": "wrn-34-20", "eps": 8 / 255}),
     "t13-huang2020-released": ("83.48/-/53.34", {**PLAIN, "model": "wrn-34-10", "eps": 0.031}),
     "t13-zhang2020-released": ("84.52/-/53.51", {**PLAIN, "model": "wrn-34-10", "eps": 8 / 255}),
-}
-
-# method -> (architecture, figures, the eps of the header that it stands under). 4 + 2 rows
-TABLE_13_QUOTED = {
-    "Pang et al. (2020c)": ("WRN-34-20", "85.14/-/53.74", "8/255"),
-    "Zhang et al. (2020)": ("WRN-34-10", "84.52/-/53.51", "8/255"),
-    "Rice et al. (2020)": ("WRN-34-20", "85.34/-/53.42", "8/255"),
-    "Qin et al. (2019)": ("WRN-40-8", "86.28/-/52.84", "8/255"),
-    "Huang et al. (2020)": ("WRN-34-10", "83.48/-/53.34", "0.031"),
-    "Zhang et al. (2019b)": ("WRN-34-10", "84.92/-/53.08", "0.031"),
 }
