@@ -65,22 +65,22 @@ def parse_args(argv=None):
     p = utils.Parser(description=__doc__)
     p.add_argument("target", type=Path, help="a run's folder or a checkpoint file")
     p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run's folder")
-    p.add_argument("--out", type=Path, help="file of the result, beside which an .npz is written; None means "
+    p.add_argument("--out", type=Path, help="file of the result, beside which an .npz is written; default: "
                    "result.json in the run's folder, CHECKPOINT_result.json beside another checkpoint")
 
     g = p.add_argument_group("a checkpoint from elsewhere, which does not say what it is")
     g.add_argument("--model", choices=models.MODELS, metavar="NAME", help=", ".join(models.MODELS))
     g.add_argument("--activation", choices=models.ACTIVATIONS, metavar="NAME",
-                   help=f"{', '.join(models.ACTIVATIONS)}; None means relu")
+                   help=f"{', '.join(models.ACTIVATIONS)}; default: relu")
     g.add_argument("--no-normalize", action="store_true", help="it takes images in [0, 1] as they are")
     g.add_argument("--mean", type=utils.number(0), nargs=3, metavar="M",
-                   help="channel means that normalise its input; None means PGD-AT's, of CIFAR-10")
+                   help="channel means that normalise its input; default: PGD-AT's, of CIFAR-10")
     g.add_argument("--std", type=utils.number(1e-6), nargs=3, metavar="S",
-                   help="channel standard deviations, likewise; None means PGD-AT's, of CIFAR-10")
+                   help="channel standard deviations, likewise; default: PGD-AT's, of CIFAR-10")
 
     g = p.add_argument_group("attacks")
     g.add_argument("--eps", type=utils.fraction,
-                   help="L-inf radius on the [0, 1] scale; None means the run's, or 8/255")
+                   help="L-inf radius on the [0, 1] scale; default: the run's, or 8/255")
     g.add_argument("--attacks", type=attack_list, default="standard",
                    help=f"standard (AutoAttack), none, or a list out of {','.join(ATTACKS)}, which is no AA")
     g.add_argument("--stop-after", type=utils.number(1, kind=int), metavar="N",
@@ -88,17 +88,17 @@ def parse_args(argv=None):
 
     g = p.add_argument_group("run")
     g.add_argument("--dataset",
-                   help="cifar10, cifar100 or the path of an .npz; None means the run's, or cifar10")
+                   help="cifar10, cifar100 or the path of an .npz; default: the run's, or cifar10")
     g.add_argument("--data-dir",
-                   help="folder of cifar10.npz, which is fetched on first use; None means the run's, or data")
+                   help="folder of cifar10.npz, which is fetched on first use; default: the run's, or data")
     g.add_argument("--n", type=utils.number(1, kind=int), help="evaluate the first N test images alone")
     g.add_argument("--seed", type=utils.number(0, 2**63, int), default=0, help="seed of the attacks")
     g.add_argument("--batch-size", type=utils.number(1, kind=int),
-                   help="images per batch, of which later attacks see about half; None means 500 on CUDA, "
+                   help="images per batch, of which later attacks see about half; default: 500 on CUDA, "
                         "250 elsewhere")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     g.add_argument("--precision", choices=("fp32", "tf32"),
-                   help="fp32: strict; tf32: torch's own float32; None means tf32 on CUDA, fp32 elsewhere")
+                   help="fp32: strict; tf32: torch's own float32; default: tf32 on CUDA, fp32 elsewhere")
     args = p.parse_args(argv)
     if args.no_normalize and (args.mean or args.std):
         p.error("--no-normalize contradicts --mean and --std")

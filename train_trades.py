@@ -11,8 +11,8 @@ x. As in the TRADES code that Pang et al. name (AT_HE), and unlike in PGD-AT, im
 crops are padded with zeros. Pang et al. state neither beta nor the step size at 8/255: we assume 6 and 2/255.
 A run writes args.json, log.jsonl, last.pt and best.pt to its folder; `python eval_aa.py FOLDER` evaluates it.
 
-Cost per image and epoch, in forward passes, of which a backward pass to the inputs costs one, and one to the
-weights another: 21 in the attack and 6 in the update, with --bn-mode eval.
+An image costs 27 passes an epoch: 21 in the attack and 6 in the update, with --bn-mode eval. A backward pass
+counts one if it goes to the inputs or to the weights, and two if it goes to both.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def parse_args(argv=None):
                    help=f"activation function: {', '.join(models.ACTIVATIONS)}")
     g.add_argument("--dataset", default="cifar10", help="data set: cifar10, cifar100 or the path of an .npz")
     g.add_argument("--n-train", type=utils.number(1, kind=int), metavar="N",
-                   help="take the first N training images; None means all")
+                   help="take the first N training images; default: all")
     g.add_argument("--val", type=utils.number(0, kind=int), default=0, metavar="N",
                    help="hold out N training images to choose the best checkpoint by, not by the test set")
 
@@ -51,7 +51,7 @@ def parse_args(argv=None):
                    help="passes over the training images")
     g.add_argument("--batch-size", type=utils.number(1, kind=int), default=128, help="images per step")
     g.add_argument("--optimizer", choices=utils.OPTIMIZERS, default="sgd", help="one of Table 5's optimisers")
-    g.add_argument("--lr", type=utils.number(0), help="learning rate; None means 0.1, or 1e-4 for adam(w)")
+    g.add_argument("--lr", type=utils.number(0), help="learning rate; default: 0.1, or 1e-4 for adam(w)")
     g.add_argument("--momentum", type=utils.number(0, 1), default=0.9, help="momentum of the SGD family")
     g.add_argument("--wd", type=utils.number(0), default=5e-4, help="weight decay, on all parameters")
     g.add_argument("--lr-schedule", choices=utils.SCHEDULES, default="piecewise",
@@ -97,14 +97,14 @@ def parse_args(argv=None):
                    help="do not test before this epoch, but always after the last one; the best one usually "
                         "comes after the first decay")
     g.add_argument("--test-batch-size", type=utils.number(1, kind=int),
-                   help="images per test batch; None means 1000 on CUDA, 250 elsewhere")
-    g.add_argument("--out", help="folder of the run; None means runs/ and a name made of the flags")
+                   help="images per test batch; default: 1000 on CUDA, 250 elsewhere")
+    g.add_argument("--out", help="folder of the run; default: runs/ and a name made of the flags")
     g.add_argument("--resume", action="store_true",
                    help="continue the run in that folder: repeat its command and add this flag")
     g.add_argument("--data-dir", default="data", help="folder of cifar10.npz, which is fetched on first use")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     g.add_argument("--precision", choices=("fp32", "tf32", "bf16"),
-                   help="arithmetic of the model; None means tf32 on CUDA, fp32 elsewhere")
+                   help="arithmetic of the model; default: tf32 on CUDA, fp32 elsewhere")
     g.add_argument("--compile", action="store_true",
                    help="compile the model; on CUDA also capture the training attack in a CUDA graph, which "
                         "is faster and computes the same")

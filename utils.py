@@ -385,7 +385,11 @@ progress = partial(tqdm, leave=False, disable=True if RANK else None)  # a bar i
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the line breaks of the description, and shows the default of every flag."""
+    """Keeps the line breaks of the description, and shows each flag's default but None and False."""
+
+    def _get_help_string(self, action):
+        hidden = action.default is None or action.default is False
+        return action.help if hidden else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

@@ -169,10 +169,10 @@ def parse_args():
                    help=", ".join(models.MODELS))
     p.add_argument("--trades", action="store_true", help="measure TRADES instead of PGD-AT")
     p.add_argument("--bn-mode", choices=("train", "eval"),
-                   help="batch norm while attacking; None means train, for TRADES eval")
+                   help="batch norm while attacking; default: train, for TRADES eval")
     p.add_argument("--batch-size", type=number(2, kind=int), default=128, help="images a step")
     p.add_argument("--rounds", type=number(1, kind=int),
-                   help="steps of each setting that count; None means 30, on a CPU 3")
+                   help="steps of each setting that count; default: 30, on a CPU 3")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     p.add_argument("--json", metavar="FILE", help="write the figures there, to a new file")
     args = p.parse_args()
