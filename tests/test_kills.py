@@ -163,8 +163,8 @@ def test_what_is_not_this_run_is_refused_and_nothing_touched(train, small_npz, t
     refused(train, run, "--data was", "--resume", "--wd", "1e-4", "--dataset", others)
     with mock.patch.object(train_pgdat, "__file__", "train_mart.py"):  # somebody's copy
         refused(train, run, "--script was train_pgdat.py, is train_mart.py", "--resume", "--wd", "1e-4")
-    utils.lock(run)
-    refused(train, run, f"another process is working in {run}", "--resume", "--wd", "1e-4")
+    with utils.lock(run):
+        refused(train, run, f"another process is working in {run}", "--resume", "--wd", "1e-4")
     status, out, err = train("--resume", "--wd", "1e-4", "--dataset", mine, "--test-batch-size", 7, epochs=1)
     assert status == 0 and "has finished" in out, err  # no setting
 
