@@ -400,7 +400,8 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
                 for k, (attack, robust) in enumerate(withstood(aa, attacks, x, y)):
                     new[k, batch] = robust
                     if k == 0 and of_all is rounds[0]:
-                        forecast(attacks, time.time() - began, robust, len(rounds))
+                        share = robust.sum().item() / max(1, flags["clean"][batch].sum())
+                        forecast(attacks, time.time() - began, len(y), share, len(rounds))
                 new[-1, batch] = True
             for name, values in zip((*attacks, "done"), utils.sum_over_processes(new).cpu().numpy()):
                 flags[name] |= values
@@ -411,12 +412,12 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
     return result
 
 
-def forecast(attacks, seconds, robust, rounds):
-    """Say how long everything will take, when the first attack on the first batch has shown it."""
+def forecast(attacks, seconds, images, share, rounds):
+    """Say how long everything will take, when the first attack on the first batch of images has shown it, and
+    which share of those it attacked is left for the other attacks."""
     passes = [ATTACKS[a][1] for a in attacks]
-    share = robust.sum().item() / len(robust)  # of the images, which the other attacks see
-    total = rounds * seconds / passes[0] * (passes[0] + share * sum(passes[1:]))
-    say(f"{attacks[0]} took {seconds:.0f} s for the first {len(robust)} images; in all this takes about "
+    total = rounds * seconds * (1 + share * sum(passes[1:]) / passes[0])
+    say(f"{attacks[0]} took {seconds:.0f} s for the first {images} images; in all this takes about "
         f"{datetime.timedelta(seconds=round(total))}")
 
 
