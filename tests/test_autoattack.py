@@ -245,6 +245,12 @@ def test_anyones_checkpoint_is_normalised_as_the_flags_say(script, checkpoint):
         assert result["eps"] == 8 / 255 and result["precision"] == "fp32"
 
 
+def test_the_forecast_by_hand(capsys):
+    """Two batches; 200 passes take 5 s, and half of the images go through the other 9,500."""
+    eval_aa.forecast(eval_aa.STANDARD, 5, 60, 0.5, 2)  # 2 * 5 * (1 + 0.5 * 47.5) = 247.5
+    assert capsys.readouterr().out.endswith("5 s for the first 60 images; in all this takes about 0:04:08\n")
+
+
 def test_images_that_only_fab_and_square_break_are_named(capsys):
     flags = {"apgd-t": np.ones(300, bool), "square": np.ones(300, bool), "done": np.ones(300, bool)}
     flags["square"][7] = False
