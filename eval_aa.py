@@ -371,7 +371,7 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
     path, device, total = Path(path), images.device, len(labels)
     with utils.lock(path.parent, f".{path.stem}.lock"), attack_mode(model, "eval"):
         with torch.no_grad():
-            classes = model(to_float(images[:1])).shape[1]
+            classes = model(to_float(images[:1]).contiguous()).shape[1]
         if any(ATTACKS[a][0] > classes for a in attacks):
             fewer = ",".join(a for a, (needed, _) in ATTACKS.items() if needed <= classes)
             raise InputError(f"{classes} classes are too few for {','.join(attacks)}: try --attacks {fewer}")

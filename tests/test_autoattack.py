@@ -28,7 +28,7 @@ class Quadratic(torch.nn.Module):
         self.v = torch.nn.Parameter(torch.randn(10, 48, generator=g), requires_grad=False)
 
     def forward(self, x):
-        x = torch.nn.functional.avg_pool2d(x, 8).flatten(1) - 0.5
+        x = torch.nn.functional.avg_pool2d(x, 8).view(len(x), -1) - 0.5  # .view refuses channels-last memory
         return x @ self.w.T + 4 * x.square() @ self.v.T
 
 
@@ -90,7 +90,7 @@ def test_with_few_classes_the_targeted_attacks_try_all_others(classes, tmp_path,
 
     monkeypatch.setattr(eval_aa, "make_autoattack", spy)
     images = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
-    labels = Few(classes)(utils.to_float(images)).argmax(1)
+    labels = Few(classes)(utils.to_float(images).contiguous()).argmax(1)
     aa = eval_aa.autoattack(Few(classes), images, labels, EPS, tmp_path / "x.json")["aa"]
     assert targets == [classes - 1, classes - 1]
     assert f" / AA, {classes - 1} targets {aa:.2f}\n" in capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_with_two_or_three_classes_standard_names_what_works(classes, advice, tm
     make, model = eval_aa.make_autoattack, Few(classes)
     monkeypatch.setattr(eval_aa, "make_autoattack", lambda *args: shortened(make(*args)))
     images = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
-    labels = model(utils.to_float(images)).argmax(1)
+    labels = model(utils.to_float(images).contiguous()).argmax(1)
     with pytest.raises(utils.InputError, match=f"{classes} classes are too few .*: try --attacks {advice}$"):
         eval_aa.autoattack(model, images, labels, EPS, tmp_path / "x.json")
     result = eval_aa.autoattack(model, images, labels, EPS, tmp_path / "x.json", attacks=advice.split(","))
