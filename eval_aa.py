@@ -335,7 +335,7 @@ def make_autoattack(model, eps, seed, device, targets=9):
         said.add(record.getMessage())
         return new
 
-    logging.getLogger("auto-attack").addFilter(once)
+    logging.getLogger("auto-attack").filters = [once]  # of this evaluation: another one is told anew
     torch.backends.cudnn.benchmark = False  # batches shrink as images are broken
     aa = AutoAttack(forward, norm="Linf", eps=eps, seed=seed, version="standard", device=device)
     aa.apgd_targeted.n_target_classes = aa.fab.n_target_classes = targets
