@@ -369,6 +369,9 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
     the files are of another evaluation.
     """
     path, device, total = Path(path), images.device, len(labels)
+    if (images.dtype, labels.dtype) != (torch.uint8, torch.int64):
+        raise InputError(f"images are {images.dtype}, labels {labels.dtype}: torch.uint8 (N, 32, 32, 3) and "
+                         "torch.int64 (N,) are needed")
     with utils.lock(path.parent, f".{path.stem}.lock"), attack_mode(model, "eval"):
         with torch.no_grad():
             classes = model(to_float(images[:1]).contiguous()).shape[1]
