@@ -389,6 +389,12 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
             flags = dict(zip(("clean", "pgd10"), utils.sum_over_processes(pgd10).cpu().numpy()))
             flags |= {name: np.zeros(total, dtype=bool) for name in (*attacks, "done")}
             result["seconds"]["pgd10"] = round(time.time() - began, 1)
+        else:  # weights do not tell what forward() does with them
+            first = slice(batch_size)
+            clean = evaluate(model, images[first], labels[first], eps, steps=0, batch_size=batch_size)[0]
+            if (clean.cpu().numpy() != flags["clean"][first]).mean() > 0.01:  # round-off may turn a few
+                raise InputError(f"{path} is of another function with these weights: choose another file, or "
+                                 f"delete it and {path.with_suffix('.npz')}")
         report(path, result, flags)
         aa = make_autoattack(model, eps, seed, device, min(9, classes - 1))
         end = min(total, stop_after or total) if attacks else 0
