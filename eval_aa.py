@@ -335,7 +335,7 @@ def make_autoattack(model, eps, seed, device, targets=9):
         said.add(record.getMessage())
         return new
 
-    logging.getLogger("auto-attack").addFilter(once)
+    logging.getLogger("auto-attack").filters = [once]  # of this evaluation: another one is told anew
     torch.backends.cudnn.benchmark = False  # batches shrink as images are broken
     aa = AutoAttack(forward, norm="Linf", eps=eps, seed=seed, version="standard", device=device)
     aa.apgd_targeted.n_target_classes = aa.fab.n_target_classes = targets
@@ -369,9 +369,12 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
     the files are of another evaluation.
     """
     path, device, total = Path(path), images.device, len(labels)
+    if (images.dtype, labels.dtype) != (torch.uint8, torch.int64):
+        raise InputError(f"images are {images.dtype}, labels {labels.dtype}: torch.uint8 (N, 32, 32, 3) and "
+                         "torch.int64 (N,) are needed")
     with utils.lock(path.parent, f".{path.stem}.lock"), attack_mode(model, "eval"):
         with torch.no_grad():
-            classes = model(to_float(images[:1])).shape[1]
+            classes = model(to_float(images[:1]).contiguous()).shape[1]
         if any(ATTACKS[a][0] > classes for a in attacks):
             fewer = ",".join(a for a, (needed, _) in ATTACKS.items() if needed <= classes)
             raise InputError(f"{classes} classes are too few for {','.join(attacks)}: try --attacks {fewer}")
@@ -386,6 +389,12 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
             flags = dict(zip(("clean", "pgd10"), utils.sum_over_processes(pgd10).cpu().numpy()))
             flags |= {name: np.zeros(total, dtype=bool) for name in (*attacks, "done")}
             result["seconds"]["pgd10"] = round(time.time() - began, 1)
+        else:  # weights do not tell what forward() does with them
+            first = slice(batch_size)
+            clean = evaluate(model, images[first], labels[first], eps, steps=0, batch_size=batch_size)[0]
+            if (clean.cpu().numpy() != flags["clean"][first]).mean() > 0.01:  # round-off may turn a few
+                raise InputError(f"{path} is of another function with these weights: choose another file, or "
+                                 f"delete it and {path.with_suffix('.npz')}")
         report(path, result, flags)
         aa = make_autoattack(model, eps, seed, device, min(9, classes - 1))
         end = min(total, stop_after or total) if attacks else 0

@@ -232,7 +232,7 @@ def evaluate(model, images, labels, eps, steps=10, alpha=2 / 255, seed=0, batch_
     parts = torch.arange(n, device=device)[shard].split(batch_size)
     with attack_mode(model, "eval"):
         for index in tqdm(parts, f"PGD-{steps}", leave=False, disable=shard.start or None):
-            x, y = to_float(images[index]), labels[index]
+            x, y = to_float(images[index]).contiguous(), labels[index]  # anyone's module may call .view
             with torch.no_grad():
                 clean[index] = robust[index] = classified_right(model(x), y)
             if steps:
