@@ -3,8 +3,11 @@
 import json
 import re
 import shlex
+import sys
+import types
 
 import pytest
+import torch
 from conftest import ROOT, spawn
 
 import eval_aa
@@ -13,7 +16,9 @@ import train_trades
 from tools import report
 
 README, RESULTS = ((ROOT / folder / "README.md").read_text() for folder in (".", "results"))
-COMMANDS = [line[4:].partition("  #")[0].strip() for line in README.splitlines() if line.startswith("    ")]
+SNIPPETS = re.findall(r"```python\n(.*?)```\n", README, re.S)
+COMMANDS = [line[4:].partition("  #")[0].strip()
+            for line in re.sub(r"```.*?```", "", README, flags=re.S).splitlines() if line.startswith("    ")]
 PARSERS = {"train_pgdat.py": train_pgdat, "train_trades.py": train_trades, "eval_aa.py": eval_aa}
 
 
@@ -31,6 +36,29 @@ def test_a_command_is_one(command):
         assert PARSERS[words[1]].parse_args(words[2:])
     else:
         assert words[0] == "sbatch"
+
+
+def test_the_snippet_for_a_model_of_ones_own_runs(tmp_path, monkeypatch):
+    class Net(torch.nn.Sequential):
+        def __init__(self):
+            super().__init__(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
+
+    make = eval_aa.make_autoattack
+
+    def quick(*args):
+        aa = make(*args)
+        aa.square.n_queries, aa.fab.n_iter = 50, 5
+        return aa
+
+    monkeypatch.setattr(eval_aa, "make_autoattack", quick)
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(Net=Net))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    torch.save(Net().state_dict(), "mine.pt")
+    names = {}
+    exec(SNIPPETS[0], names)
+    assert names["result"]["complete"] and (tmp_path / "mine.json").exists()
+    assert "eval_aa.load_model(" in SNIPPETS[1] and "benchmark(model, " in SNIPPETS[1]  # not installed here
 
 
 def test_flags_and_links_exist(capfd):
