@@ -32,8 +32,7 @@ ids=() figures=() commands=() evaluations=() evaluate=""  # not the environment'
 row() { ids+=("$1") figures+=("$2") commands+=("${*:3}") evaluations+=("${evaluate:+ $evaluate}"); }
 same() { row "$1" "$2" "= $3"; }
 
-# Not in the paper: they show that everything works, on the embedded data. On a machine that others use they are several
-# times faster with OMP_NUM_THREADS=1 in front.
+# Not in the paper: they show that everything works, on the embedded data.
 evaluate="--n 100 --batch-size 20" row quickstart        -/-/- train_pgdat.py --model tiny --dataset data/cifar10_mini.npz --bn-mode eval --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle
 evaluate="--n 100 --batch-size 20" row quickstart-trades -/-/- train_trades.py --model tiny --dataset data/cifar10_mini.npz --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle
 # Table 2: early-stopped attack, warm-up of the learning rate, warm-up of eps; ResNet-18.
@@ -333,6 +332,8 @@ case $action in
     print | run)
         [ ${#rows[@]} -gt 0 ] || die "$action which row? ./run_all.sh list shows them"
         expand "${rows[@]}"
+        [[ $action != run || $runs != *" quickstart"* ]] ||
+            echo "On a machine that others use, put OMP_NUM_THREADS=1 in front: it is several times faster there."
         # No command outlives this script: a Ctrl-C reaches both, and a SIGTERM is passed on.
         trap 'wait; exit 130' INT
         trap 'kill $(jobs -p) 2>/dev/null || true; wait; exit 143' TERM
