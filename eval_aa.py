@@ -126,11 +126,14 @@ def locate(args):
 # ---- The checkpoint ----------------------------------------------------------------------------------------
 
 
-def weights_in(loaded, path):
-    """The dict of tensors in a file: the file itself, or one of its values. (An optimiser's lie deeper.)"""
+def weights_in(loaded, last, path):
+    """The dict of tensors in a file: the file itself, or one of its values. (An optimiser's lie deeper.) Of
+    several the one that has the last layer's bias, by its name's end."""
     values = {"the file": loaded, **(loaded if isinstance(loaded, dict) else {})}
     found = {name: v for name, v in values.items() if isinstance(v, dict) and v
-             and all(isinstance(tensor, torch.Tensor) for tensor in v.values())}
+             and all(isinstance(k, str) and isinstance(tensor, torch.Tensor) for k, tensor in v.items())}
+    if len(found) > 1:
+        found = {name: v for name, v in found.items() if any(k.endswith(last) for k in v)}
     if len(found) != 1:
         which = ", ".join(map(str, found))
         raise InputError(f"{path} holds " + (f"several state dicts: save one of {which} in a file of its own"
@@ -139,12 +142,13 @@ def weights_in(loaded, path):
 
 
 def rename(state, names, path):
-    """A state dict under the names that our model has, the last layer's last.
+    """A state dict under our model's names.
 
-    A prefix that all of them share, such as `module.` (DataParallel), is dropped, and so is what no layer
-    could hold: the buffers of a normalisation, counters.
+    The prefix that most of them have in the file, such as `module.` (DataParallel), is dropped, and so is
+    what no layer could hold: the buffers of a normalisation, counters.
     """
-    prefixes = [k.removesuffix(names[-1]) for k in state if k.endswith(names[-1])]
+    ends = names[0], names[-1]
+    prefixes = [k.removesuffix(end) for end in ends for k in state if k.endswith(end)]
     prefix = max(prefixes, key=lambda p: sum(p + name in state for name in names), default="")
     state = {k.removeprefix(prefix): v for k, v in state.items()}
     # WideResNets from TRADES have a sub_block1 that no forward pass uses.
@@ -181,7 +185,7 @@ def load_model(path, model=None, activation=None, no_normalize=False, mean=None,
     cannot be read safely, or does not fit the flags.
     """
     path, loaded = Path(path), utils.load_checkpoint(path)
-    ours = {"state_dict": dict, "args": dict, "num_classes": int, "epoch": int}
+    ours = {"state_dict": dict, "args": dict, "num_classes": int, "epoch": int, "data_sha256": str}
     if isinstance(loaded, dict) and all(isinstance(loaded.get(k), kind) for k, kind in ours.items()):
         if model or activation or no_normalize or mean:
             raise InputError("--model, --activation, --no-normalize, --mean and --std have no effect: "
@@ -190,13 +194,13 @@ def load_model(path, model=None, activation=None, no_normalize=False, mean=None,
         model, activation = trained["model"], trained["activation"]
         normalize, num_classes = loaded["normalize"], loaded["num_classes"]
     else:
-        state, trained, epoch = weights_in(loaded, path), {"dataset": "cifar10", "eps": 8 / 255}, None
         if model is None:
             raise InputError(f"{path} does not name its architecture: give --model (and --no-normalize if it "
                              "takes plain images)")
         with torch.device("meta"):  # without memory, for the names alone
             names = list(models.build(model).state_dict())
-        state = rename(state, names, path)
+        state = rename(weights_in(loaded, names[-1], path), names, path)
+        trained, epoch = {"dataset": "cifar10", "eps": 8 / 255}, None
         num_classes = len(state.get(names[-1], range(10)))  # the last layer's biases
         normalize = None if no_normalize else (mean, std) if mean else models.CIFAR_NORMALIZE
         activation = activation or "relu"
@@ -315,8 +319,9 @@ def report(path, result, flags):
 
 def say(text):
     """Print a line of its own, above the progress bar if there is one."""
-    with tqdm.external_write_mode():
-        print(text, flush=True)
+    if utils.RANK == 0:
+        with tqdm.external_write_mode():
+            print(text, flush=True)
 
 
 # ---- Attacks -----------------------------------------------------------------------------------------------
@@ -358,6 +363,7 @@ def withstood(aa, attacks, x, y):
         yield attack, robust.clone()
 
 
+@torch.enable_grad()  # evaluation code often stands under no_grad
 def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch_size=250, stop_after=None,
                about=None):
     """Clean, PGD-10 and AutoAttack accuracy of any module from x (B, 3, 32, 32) in [0, 1] to logits (B, K).
@@ -434,8 +440,8 @@ def show_late(flags):
     """Print which images only FAB and Square break, and warn if they are many: a sign of masked gradients."""
     late = np.flatnonzero(flags["apgd-t"] & ~flags["square"] & flags["done"])
     share = 100 * len(late) / flags["done"].sum()
-    print(f"fab-t and square alone break {len(late)} of the images ({share:.2f} %) {late.tolist() or ''}"
-          + ("\nwarning: that is many: are gradients masked?" if share > 0.5 else ""))
+    say(f"fab-t and square alone break {len(late)} of the images ({share:.2f} %) {late.tolist() or ''}"
+        + ("\nwarning: that is many: are gradients masked?" if share > 0.5 else ""))
 
 
 def main():

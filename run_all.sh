@@ -346,7 +346,7 @@ case $action in
             done <<<"$(command_lines "$run")"
         done
         [ -z "$failed" ] || { echo "run_all.sh: failed:$failed" >&2; exit 1; }
-        [[ $action != run || $runs != *" quickstart"* ]] || cat <<'END' ;;
+        [[ $action != run || $runs != *" quickstart"* || $flags == *--dry-run* ]] || cat <<'END' ;;
 The training log tested on all 500 embedded test images, the evaluation on the first 100 of them. Next:
     ./run_all.sh run t4-r18-ls0.3 --laptop    # a row of Table 4 with the same small network
     ./run_all.sh print t4-r18-ls0.3           # its own commands, for a GPU

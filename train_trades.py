@@ -228,6 +228,7 @@ def main():
                     "seconds": round(time.time() - began, 2)})
         utils.save(args, saved, log)
         utils.show_epoch(args, log)
+    utils.show_end(args, log)
 
 
 if __name__ == "__main__":

@@ -757,8 +757,8 @@ def best(log):
 
 
 def show_epoch(args, log):
-    """Print a line for the last epoch of the log, starred if it is the best so far, and at the end what to do
-    next. The time left is from the mean of the epochs so far, tested and untested apart."""
+    """Print a line for the last epoch of the log, starred if it is the best so far. The time left is from the
+    mean of the epochs so far, tested and untested apart."""
     entry, split = log[-1], "val" if args.val else "test"
     keys = ("train_adv_acc", "train_clean_acc", f"{split}_clean", f"{split}_pgd10")
     adv, clean, test_clean, pgd10 = ("   -  " if entry.get(k) is None else f"{entry[k]:6.2f}" for k in keys)
@@ -770,10 +770,13 @@ def show_epoch(args, log):
     print(f"{entry['epoch']:4}/{args.epochs}  lr {entry['lr']:.1e}  loss {entry['train_loss']:.4f}  "
           f"train adv {adv} clean {clean}  {split} clean {test_clean} PGD-10 {pgd10} "
           f"{'*' if best(log) is entry else ' '}  {entry['seconds']:.0f} s, {left}", flush=True)
-    if entry["epoch"] == args.epochs:
-        print(f"the best epoch is {best(log)['epoch']}: {args.out}/best.pt")
-        if (HERE / "eval_aa.py").exists():  # it may not have been copied
-            print(f"evaluate it with: python eval_aa.py {args.out}")
+
+
+def show_end(args, log):
+    """Print which epoch was the best, and how to evaluate it, if the evaluation has been copied too."""
+    print(f"the best epoch is {best(log)['epoch']}: {args.out}/best.pt")
+    if (HERE / "eval_aa.py").exists():
+        print(f"evaluate it with: python eval_aa.py {args.out}")
 
 
 # Files. last.pt is the run: its setting, log and state. It is written first, and --resume writes best.pt and
@@ -866,9 +869,11 @@ def load_checkpoint(path):
     try:
         with open(path, "rb") as file:
             head = file.read(100).strip()
-        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"the checksum of {part} is wrong")  # torch.load does not look
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch.load does not look
+            raise InputError(f"{path} cannot be read as a checkpoint: the checksum of {part} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except OSError as e:
         raise InputError(f"{path} cannot be read: {e.strerror}") from None
     except Exception as e:
