@@ -84,7 +84,7 @@ class Few(Quadratic):
         return super().forward(x)[:, : self.classes]
 
 
-@pytest.mark.parametrize("classes", (4, 5))
+@pytest.mark.parametrize("classes", (4, 9))
 def test_with_few_classes_the_targeted_attacks_try_all_others(classes, tmp_path, monkeypatch, capsys):
     make, targets = eval_aa.make_autoattack, []
 
@@ -200,6 +200,8 @@ def test_an_interruption_at_any_moment_changes_no_flag(script, checkpoint, monke
     (("--eps", "4/255"), "eps was"),
     (("--batch-size", 7), "batch_size was 250, is 7"),
     (("--activation", "elu"), "activation was relu, is elu"),
+    (("--dataset", "nine.npz"), "tiny.pt knows 10 classes, but the data set has 9"),
+    (("--dataset", "eleven.npz"), "tiny.pt knows 10 classes, but the data set has 11"),
     (("--n", "39"), "n was 40, is 39"),
     (("--n", "41"), "there are 40 test images"),
     (("--attacks", "apgd-x"), "is not standard, none, or a list"),
@@ -212,10 +214,22 @@ def test_an_interruption_at_any_moment_changes_no_flag(script, checkpoint, monke
 def test_what_is_refused_leaves_everything_as_it_was(script, checkpoint, argv, problem):
     assert script(eval_aa, *TINY, "--attacks", "none")[0] == 0
     (checkpoint / "other.json").write_text('{"clean": 3}')
+    arrays = dict(np.load("small.npz"))
+    for name, last in (("nine", 8), ("eleven", 10)):
+        train, test = (np.where(arrays[f"{part}_labels"] == 9, last, arrays[f"{part}_labels"])
+                       for part in ("train", "test"))
+        train[0] = min(9, last)
+        np.savez(f"{name}.npz", **{**arrays, "train_labels": train, "test_labels": test})
     before = files(checkpoint)
     status, _, err = script(eval_aa, *TINY, "--attacks", "none", *argv)
     assert status == 2 and problem in err and len(err.splitlines()) == 1, err
     assert files(checkpoint) == before
+
+
+def test_an_evaluation_in_progress_is_not_joined(script, checkpoint):
+    with utils.lock(checkpoint, ".tiny_result.lock"):
+        status, _, err = script(eval_aa, *TINY, "--attacks", "none")
+    assert status == 2 and "another process is working in" in err
 
 
 def test_other_weights_are_refused_until_the_result_is_deleted(script, checkpoint):

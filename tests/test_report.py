@@ -405,6 +405,8 @@ def test_curves_of_runs(script):
     one = report.show_curves(paths[1:2])
     assert decays in legend(fig) and decays not in legend(one)  # one-cycle
     assert one.axes[0].get_title() == "s1-wong2020"  # no other run to differ from
+    both = report.show_curves([paths[0], write("t12-r18-wd5e-4-relu-bneval"), paths[2]])
+    assert both.axes[1].get_title() == "t12-r18-wd5e-4-relu-bneval"  # of another script: folders' names
 
 
 def test_the_best_epoch_is_that_of_best_pt():

@@ -1,6 +1,7 @@
 """The drawings of report.py, from its rows and logs."""
 
 import math
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -154,18 +155,20 @@ def draw_effects(panels):
 
     panels: {title: [(name, table, the paper's effect, ours, its standard error or None, hollow)]}.
     """
-    tables = sorted({point[1] for points in panels.values() for point in points}, key=lambda t: int(t[1:]))
+    tables = list(dict.fromkeys(point[1] for points in panels.values() for point in points))
     looks = {table: {"color": colour, "marker": marker, "markeredgecolor": "k", "markeredgewidth": 0.4}
-             for table, colour, marker in zip(tables, 2 * COLOURS, 2 * "os^Dv<>P")}
+             for table, colour, marker in zip(tables, 3 * COLOURS, "os^Dv<>Ps^Dv<>Po^Dv<>Pos")}
     fig, axes = subplots(len(panels), 12, 6.7)
     for ax, (title, points) in zip(axes[0], panels.items()):
         for _, table, x, y, error, hollow in points:
             face = {"markerfacecolor": "w", "markeredgecolor": looks[table]["color"]} if hollow else {}
             ax.errorbar(x, y, error, markersize=5, elinewidth=0.6, zorder=3, **looks[table] | face)
-        x, y = np.array([(x, y) for _, _, x, y, _, hollow in points if not hollow]).T
-        low, high = bootstrap_interval(x, y)
-        title += (f", {len(x)} filled points: Spearman's rank correlation {spearman(x, y):.2f}\n"
-                  f"(95 % interval {low:.2f} to {high:.2f}). Effects beyond one point are named.")
+        x, y = np.array([(x, y) for _, _, x, y, _, hollow in points if not hollow]).reshape(-1, 2).T
+        title += f", {len(x)} filled points"
+        if len(x) > 2:
+            low, high = bootstrap_interval(x, y)
+            title += (f": Spearman's rank correlation {spearman(x, y):.2f}\n"
+                      f"(95 % interval {low:.2f} to {high:.2f}). Effects beyond one point are named.")
         values = [value for point in points for value in point[2:4]]
         ends = 1.3 * min(-1, *values), 1.3 * max(1, *values)
         ax.plot(ends, ends, color="0.6", linewidth=0.8, linestyle="--", label="y = x")
@@ -181,7 +184,7 @@ def draw_effects(panels):
         place_names(ax, [(x, y, name if max(abs(x), abs(y)) > 1 else "", looks[table]["color"])
                          for name, table, x, y, *_ in points])
     for table, look in looks.items():
-        axes[0, 0].plot([], [], linestyle="", label=f"Table {table[1:]}", **look)
+        axes[0, 0].plot([], [], linestyle="", label=re.sub(r"^t(?=\d+$)", "Table ", table), **look)
     axes[0, 0].plot([], [], "o", color="k", markerfacecolor="w", label="spoilt by a small last batch")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(looks) + 2)
     return fig

@@ -191,10 +191,12 @@ def find_runs(row, roots, found):
             continue
         if run.result and (differ := of_another_evaluation(run, row)):
             warn(f"{folder / name} is of another evaluation ({'; '.join(differ)}): skipped")
+            if run.record is None:
+                continue
             run = run._replace(result=None)
         same = found.setdefault((seed, run.precision), [])
         repeated = [r for r in same if r.result and r.about("git_commit") == run.about("git_commit")]
-        if repeated:
+        if repeated and run.result:
             warn(f"{folder} repeats {repeated[0].folder}, of the same seed, precision and commit: skipped")
         else:
             same.append(run)
@@ -480,14 +482,15 @@ def show_measured(rows):
             took = datetime.timedelta(seconds=round(statistics.mean(run.seconds() for run in runs)))
             cells = [figure_cell(row, metric, precision) or "-" for metric in METRICS]
             cells += [f"{runs[0].result['n']:,}", devices, str(took)]
-            lines.append([f"`{row.id}`", str(len(runs)), *cells])
+            lines.append([f"`{row.id}`", str(len(row.figures("clean", precision))), *cells])
     return markdown(["row", "seeds", *METRICS.values(), "test images", "device", "time a seed"], lines)
 
 
 def show_effects(rows, laptop):
     """(the picture of all effects, its table), in the precision of most laptop runs. Each is compared with
     the paper's effect in the first of its rows, which is ResNet-18's if there is one."""
-    most = statistics.mode([p for row in laptop.values() for p in row.precisions()] or [None])
+    most = statistics.mode([p for row in laptop.values() if row.id == row.run for p in row.precisions()]
+                           or [None])
     lines, panels = [], {"PGD-10": [], "Clean": []}
     for (run, precision), effect in effects(laptop, LAPTOP).items():
         row, paper = rows[run], paper_effect(rows[run], rows)
@@ -527,11 +530,13 @@ def show_curves(folders):
     keys, panels = differing(args), []
     for run, setting in zip(runs, args):
         defaults, _ = parse(run.record["command"][0])
-        special = [k for k in keys if setting.get(k, defaults[k]) != defaults[k]]
+        special = [k for k in keys if k in setting and setting[k] != defaults.get(k)]
         words = [f"{WORDS.get(k, k.replace('_', ' '))} {setting_text(k, setting[k])}" for k in special]
         name = ", ".join(words) or "the default setting" if keys else run.folder.absolute().name
         decays = setting["lr_decay_epochs"] if setting["lr_schedule"] == "piecewise" else []
         panels.append((name, run.log, [epoch for epoch in decays if epoch <= len(run.log)]))
+    if len({name for name, *_ in panels}) < len(panels):  # of different scripts
+        panels = [(run.folder.absolute().name, *rest) for run, (_, *rest) in zip(runs, panels)]
     return draw_runs(panels)
 
 
