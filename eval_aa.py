@@ -286,11 +286,12 @@ def open_result(path, about):
 def estimate(pgd10, robust, done):
     """(accuracy, its standard error), per cent, from flags (N,): pgd10 of all images, robust of those done.
 
-    See the formula at the top. At least one image has to be done.
+    See the formula at the top; while all differences are equal, the error is that of one that is not. At
+    least one image has to be done.
     """
     total, n = len(done), done.sum()
     difference = pgd10[done].astype(float) - robust[done]
-    spread = ((difference - difference.mean()) ** 2).sum() / max(n - 1, 1)
+    spread = max(((difference - difference.mean()) ** 2).sum() / max(n - 1, 1), 1 / n)
     error = math.sqrt((1 - n / total) * spread / n)
     return round(100 * (pgd10.mean() - difference.mean()), 2), round(100 * error, 2)
 

@@ -147,6 +147,9 @@ def test_the_estimate_and_its_error_cover_the_figure():
     value, error = eval_aa.estimate(np.array([1, 1, 0, 1, 0], bool), np.array([1, 0, 0, 0, 0], bool),
                                     np.array([1, 1, 1, 0, 0], bool))
     assert value == round(60 - 100 / 3, 2) and error == round(100 * (0.4 * (2 / 3 / 2) / 3) ** 0.5, 2)
+    # No difference yet, in 4 of 16 images: the error is that of one in four, whose variance is 1 / 4.
+    alike, four = np.ones(16, bool), np.arange(16) < 4
+    assert eval_aa.estimate(alike, alike, four) == (100, round(100 * (0.75 * 0.25 / 4) ** 0.5, 2))
 
 
 @pytest.fixture
