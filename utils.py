@@ -140,8 +140,8 @@ def crop_flip(images, top, left, flip, padding):
 
 
 def batches(images, labels, batch_size, rng, padding, shard=slice(None)):
-    """One epoch in random order: yields augmented x (B, 3, 32, 32), y (B,). The last, smaller batch is kept. x
-    is channels-last: a module that calls x.view needs x.contiguous().
+    """One epoch in random order: yields augmented x (B, 3, 32, 32), y (B,). The last, smaller batch is kept.
+    x is channels-last: a module that calls x.view needs x.contiguous().
 
     Every image gets its own crop and flip, drawn on the device at the start of the epoch. shard: the part of
     every batch to yield, another one for each of several processes.
