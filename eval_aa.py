@@ -34,7 +34,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from pyautoattack import AutoAttack
-from tqdm import tqdm
 
 import models
 import utils
@@ -128,7 +127,7 @@ def locate(args):
 
 def weights_in(loaded, last, path):
     """The dict of tensors in a file: the file itself, or one of its values. (An optimiser's lie deeper.) Of
-    several the one that has the last layer's bias, by its name's end."""
+    several dicts it is the one with the last layer's bias. Raises InputError if there is none, or two."""
     values = {"the file": loaded, **(loaded if isinstance(loaded, dict) else {})}
     found = {name: v for name, v in values.items() if isinstance(v, dict) and v
              and all(isinstance(k, str) and isinstance(tensor, torch.Tensor) for k, tensor in v.items())}
@@ -315,14 +314,7 @@ def report(path, result, flags):
         text += f" / {name if aa is not None else ','.join(attacks) + ' (not AA)'} {value:.2f}"
         if not result["complete"]:
             text += f" +- {error:.2f} ({n_done:,} of {result['n']:,} images)"
-    say(text)
-
-
-def say(text):
-    """Print a line of its own, above the progress bar if there is one."""
-    if utils.RANK == 0:
-        with tqdm.external_write_mode():
-            print(text, flush=True)
+    utils.say(text)
 
 
 # ---- Attacks -----------------------------------------------------------------------------------------------
@@ -371,9 +363,9 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
 
     images (N, 32, 32, 3) uint8 and labels (N,) int64 on the model's device; eps on the [0, 1] scale; path:
     the result's .json, which is written after every batch with the .npz beside it, and from which a second
-    call goes on; attacks: names out of ATTACKS; stop_after: end after the batch with that image; about: what
-    else the result says. Returns the result, a dict. Raises InputError if an attack needs more classes, or if
-    the files are of another evaluation.
+    call with the same weights and data goes on; attacks: names out of ATTACKS; stop_after: end after the
+    batch with that image; about: what else the result says. Returns the result, a dict. Raises InputError if
+    an attack needs more classes, or if the files are of another evaluation.
     """
     path, device, total = Path(path), images.device, len(labels)
     if (images.dtype, labels.dtype) != (torch.uint8, torch.int64):
@@ -396,36 +388,36 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
             flags = dict(zip(("clean", "pgd10"), utils.sum_over_processes(pgd10).cpu().numpy()))
             flags |= {name: np.zeros(total, dtype=bool) for name in (*attacks, "done")}
             result["seconds"]["pgd10"] = round(time.time() - began, 1)
-        else:  # weights do not tell what forward() does with them
-            first = slice(batch_size)
-            clean = evaluate(model, images[first], labels[first], eps, steps=0, batch_size=batch_size)[0]
-            if (clean.cpu().numpy() != flags["clean"][first]).mean() > 0.01:  # round-off may turn a few
-                raise InputError(f"{path} is of another function with these weights: choose another file, or "
-                                 f"delete it and {path.with_suffix('.npz')}")
         report(path, result, flags)
-        aa = make_autoattack(model, eps, seed, device, min(9, classes - 1))
-        end = min(total, stop_after or total) if attacks else 0
-        starts = [i for i in range(0, end, batch_size) if not flags["done"][i]]
-        rounds = [starts[i : i + utils.WORLD] for i in range(0, len(starts), utils.WORLD)]
-        for of_all in utils.progress(rounds, "AutoAttack", len(rounds)):
-            began = time.time()
-            new = torch.zeros(len(attacks) + 1, total, dtype=torch.bool, device=device)
-            for i in of_all[utils.RANK : utils.RANK + 1]:
-                batch = slice(i, i + batch_size)
-                x, y = to_float(images[batch]).contiguous(), labels[batch]
-                for k, (attack, robust) in enumerate(withstood(aa, attacks, x, y)):
-                    new[k, batch] = robust
-                    if k == 0 and of_all is rounds[0]:
-                        share = robust.sum().item() / max(1, flags["clean"][batch].sum())
-                        forecast(attacks, time.time() - began, len(y), share, len(rounds))
-                new[-1, batch] = True
-            for name, values in zip((*attacks, "done"), utils.sum_over_processes(new).cpu().numpy()):
-                flags[name] |= values
-            result["seconds"]["autoattack"] = round(result["seconds"]["autoattack"] + time.time() - began, 1)
-            report(path, result, flags)
+        if attacks:
+            aa = make_autoattack(model, eps, seed, device, min(9, classes - 1))
+            run_attacks(aa, images, labels, result, flags, stop_after, path)
     if result["aa"] is not None:
         show_late(flags)
     return result
+
+
+def run_attacks(aa, images, labels, result, flags, stop_after, path):
+    """Send the batches that are not done through all attacks; report after each round of the processes."""
+    n, size, attacks = result["n"], result["batch_size"], result["attacks"]
+    starts = [i for i in range(0, min(n, stop_after or n), size) if not flags["done"][i]]
+    rounds = [starts[i : i + utils.WORLD] for i in range(0, len(starts), utils.WORLD)]
+    for of_all in utils.progress(rounds, "AutoAttack", len(rounds)):
+        began = time.time()
+        new = torch.zeros(len(attacks) + 1, n, dtype=torch.bool, device=labels.device)
+        for i in of_all[utils.RANK : utils.RANK + 1]:
+            batch = slice(i, i + size)
+            x, y = to_float(images[batch]).contiguous(), labels[batch]
+            for k, (_, robust) in enumerate(withstood(aa, attacks, x, y)):
+                new[k, batch] = robust
+                if k == 0 and of_all is rounds[0]:
+                    share = robust.sum().item() / max(1, flags["clean"][batch].sum())
+                    forecast(attacks, time.time() - began, len(y), share, len(rounds))
+            new[-1, batch] = True
+        for name, values in zip((*attacks, "done"), utils.sum_over_processes(new).cpu().numpy()):
+            flags[name] |= values
+        result["seconds"]["autoattack"] = round(result["seconds"]["autoattack"] + time.time() - began, 1)
+        report(path, result, flags)
 
 
 def forecast(attacks, seconds, images, share, rounds):
@@ -433,7 +425,7 @@ def forecast(attacks, seconds, images, share, rounds):
     which share of those it attacked is left for the other attacks."""
     passes = [ATTACKS[a][1] for a in attacks]
     total = rounds * seconds * (1 + share * sum(passes[1:]) / passes[0])
-    say(f"{attacks[0]} took {seconds:.0f} s for the first {images} images; in all this takes about "
+    utils.say(f"{attacks[0]} took {seconds:.0f} s for the first {images} images; in all this takes about "
         f"{datetime.timedelta(seconds=round(total))}")
 
 
@@ -441,7 +433,7 @@ def show_late(flags):
     """Print which images only FAB and Square break, and warn if they are many: a sign of masked gradients."""
     late = np.flatnonzero(flags["apgd-t"] & ~flags["square"] & flags["done"])
     share = 100 * len(late) / flags["done"].sum()
-    say(f"fab-t and square alone break {len(late)} of the images ({share:.2f} %) {late.tolist() or ''}"
+    utils.say(f"fab-t and square alone break {len(late)} of the images ({share:.2f} %) {late.tolist() or ''}"
         + ("\nwarning: that is many: are gradients masked?" if share > 0.5 else ""))
 
 

@@ -512,6 +512,13 @@ def run_script(main):
     sys.exit(status)
 
 
+def say(text):
+    """Print a line above the progress bar, if there is one. Only the first process prints."""
+    if RANK == 0:
+        with tqdm.external_write_mode():
+            print(text, flush=True)
+
+
 def steps(stream, args, epoch, steps_per_epoch, estimate):
     """The batches of an epoch (from 0). With estimate a line says what a step takes and when the run ends,
     after ten steps and half a minute. The clock starts after two steps, since these may compile. It does not
@@ -522,9 +529,8 @@ def steps(stream, args, epoch, steps_per_epoch, estimate):
             began = now
         if estimate and step >= 10 and now - began > datetime.timedelta(seconds=30):
             each, to_come = (now - began) / (step - 2), (args.epochs - epoch) * steps_per_epoch - step
-            with tqdm.external_write_mode():  # not behind the progress bar
-                print(f"a step takes {each.total_seconds():.3g} s: the run ends on "
-                      f"{now + each * to_come:%Y-%m-%d at %H:%M}, tests not counted", flush=True)
+            say(f"a step takes {each.total_seconds():.3g} s: the run ends on "
+                f"{now + each * to_come:%Y-%m-%d at %H:%M}, tests not counted")
             estimate = False
         yield batch
 
@@ -599,12 +605,13 @@ def compile_training(model, attack, args, n_train):
     """Compile the model in place. Returns the attack to train with: on CUDA it becomes a CapturedAttack."""
     if n_train < args.batch_size:
         raise InputError(f"--compile has no effect: {n_train} images are less than a batch of "
-                         f"{args.batch_size}")
+                         f"{args.batch_size}, and smaller batches run uncompiled")
     model.compile(dynamic=False)
     if next(model.parameters()).device.type != "cuda":
         return attack
     if getattr(args, "attack", "pgd") == "none" or getattr(args, "early_stop_pgd", None):
-        print("note: no CUDA graph: --attack none has no attack, --early-stop-pgd one of varying length")
+        print("note: no CUDA graph: with --attack none there is no attack, and with --early-stop-pgd its "
+              "length depends on the images")
         return attack
     return CapturedAttack(attack, model)
 
@@ -671,9 +678,12 @@ def sum_over_processes(tensor):
 
 
 def share_training(model, optimizer, args, n_train):
-    """If torchrun started several processes, let them train the model together. On CUDA batch norm uses the
-    statistics of the whole batch. torch has no such layer for the CPU: there every process normalises by its
-    own part, and all use the first one's running statistics, as with DataParallel, which the authors used."""
+    """If torchrun started several processes, let them train the model together.
+
+    On CUDA batch norm uses the statistics of the whole batch. torch has no such layer for the CPU: there
+    every process normalises by its own part, and all use the first one's running statistics, as with
+    DataParallel, which the authors used.
+    """
     if WORLD == 1:
         return
     cuda = next(model.parameters()).device.type == "cuda"
@@ -788,9 +798,12 @@ LOCKS = []  # files that are open, and locked, until the script ends
 
 def start_or_resume(args, saved, defaults):
     """Start a run in the folder args.out, or resume the one that is there. Returns its log, [] at the start.
+
     saved: what checkpoints hold, by name; what has a state_dict gets back that of last.pt, and the setting,
     versions and device are added. "state_dict" is the network that is tested. defaults: the args of a command
-    line without flags; a run that is older than a flag has its default."""
+    line without flags; a run that is older than a flag has its default. Raises InputError if the folder holds
+    a run and --resume is not given, or if that run has another setting.
+    """
     out, log = Path(args.out), []
     now = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]],
            **environment(next(saved["state_dict"].parameters()).device)}
@@ -870,11 +883,10 @@ def load_checkpoint(path):
     try:
         with open(path, "rb") as file:
             head = file.read(100).strip()
-        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch.load does not look
-            raise InputError(f"{path} cannot be read as a checkpoint: the checksum of {part} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()  # torch.load does not look
+        if not damaged:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        reason = f"the checksum of {damaged} is wrong"
     except OSError as e:
         raise InputError(f"{path} cannot be read: {e.strerror}") from None
     except Exception as e:
@@ -882,7 +894,7 @@ def load_checkpoint(path):
         reason = ("it is empty" if not head else "it is a web page" if head.startswith(b"<") else
                   f"it holds an object of {foreign[1]}, which could run code: save the state dict alone"
                   if foreign else "it is damaged, or no file of torch.save")
-        raise InputError(f"{path} cannot be read as a checkpoint: {reason}") from None
+    raise InputError(f"{path} cannot be read as a checkpoint: {reason}")
 
 
 def write_json(path, value):
