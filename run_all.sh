@@ -248,6 +248,11 @@ evaluate="--attacks none" row x-laptop-overfitting     -/-/- train_pgdat.py --mo
 evaluate="--attacks none" row x-laptop-overfitting-ema -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --ema 0.99
 evaluate="--attacks none" row x-laptop-overfitting-awp -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --awp 0.01
 evaluate="--attacks none" row x-laptop-overfitting-ls  -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --ls 0.3
+# The same with more weight decay: the paper's first trick, where its mechanism is.
+evaluate="--attacks none" row x-laptop-overfitting-wd1e-3 -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --wd 1e-3
+evaluate="--attacks none" row x-laptop-overfitting-wd2e-3 -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --wd 2e-3
+evaluate="--attacks none" row x-laptop-overfitting-wd5e-3 -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --wd 5e-3
+evaluate="--attacks none" row x-laptop-overfitting-wd1e-2 -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --wd 1e-2
 
 # The rows that `all` stands for. They have a version at laptop scale.
 all='!(quickstart*|x-laptop-*|*-released)'

@@ -16,7 +16,9 @@ import eval_aa
 SMALL = {"model": "tiny", "n_train": 1000, "eval_every": 5}
 OVERFITTING = {"x-laptop-overfitting": SMALL, "x-laptop-overfitting-ema": {**SMALL, "ema": 0.99},
                "x-laptop-overfitting-awp": {**SMALL, "awp": 0.01},
-               "x-laptop-overfitting-ls": {**SMALL, "ls": 0.3}}
+               "x-laptop-overfitting-ls": {**SMALL, "ls": 0.3},
+               **{f"x-laptop-overfitting-wd{wd}": {**SMALL, "wd": float(wd)}
+                  for wd in ("1e-3", "2e-3", "5e-3", "1e-2")}}
 OURS = {**OVERFITTING, "x-r18-bntrain-clean0": {"bn_clean_passes": 0},
         "x-r18-bneval-clean0": {"bn_mode": "eval", "bn_clean_passes": 0}, "x-r18-ema": {"ema": 0.9995},
         "x-r18-awp": {"awp": 0.01}, "x-r18-ema-awp": {"ema": 0.9995, "awp": 0.01},
