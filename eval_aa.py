@@ -3,19 +3,24 @@
     python eval_aa.py runs/NAME                 its best checkpoint, all test images -> runs/NAME/result.json
     python eval_aa.py runs/NAME --which last    its last checkpoint -> runs/NAME/result_last.json
     python eval_aa.py wrn.pt --model wrn-34-10 --no-normalize       anyone's state dict -> wrn_result.json
-    python eval_aa.py runs/NAME --stop-after 2000                   an estimate of AA in a fifth of the time
+    python eval_aa.py runs/NAME --error 0.4     an estimate of AA, as precise as that
 
 Accuracies are per cent of the images. PGD-10 counts an image as robust if the last iterate is classified
 right, as the paper's checkpoints were selected. AutoAttack is the `standard` version (Croce & Hein, 2020).
 Its own driver runs an attack over all images before the next one starts, so that a figure exists at the very
 end only. Here a batch of images goes through all attacks, each on the images that withstood those before,
-and after every batch there is a figure:
+and after every batch there is a figure. PGD-10 is known for all N images after minutes, and with it how close
+each of them came to being broken. Those that came close are likely to be evaluated early: an image of weight
+w has the key u / w, where u is uniform in [0, 1), and images are evaluated in the order of their keys
+(priority sampling: Duffield, Lund & Thorup, 2007; sequential Poisson sampling: Ohlsson, 1998). With t the
+smallest key not done yet, an image would have been chosen by now with probability p = min(1, w t), and
 
-    AA  =  PGD-10 of all N images  -  mean over the n images done of (PGD-10 - AA),  each 1 or 0 per image,
+    AA       =  PGD-10 of all N images  -  1/N   sum over the images done of (PGD-10 - AA) / p
+    error^2  =                             1/N^2 sum over the images done of (PGD-10 - AA)^2 (1 - p) / p^2
 
-whose standard error is s sqrt((1 - n / N) / n) with s the standard deviation of these differences: PGD-10 is
-known for all images after minutes and correlates with AA, so the error is half that of a plain mean. After
-the last image it is 0 and the figure AutoAttack's. (CIFAR-10's test images are in random order.)
+where PGD-10 and AA are 1 or 0 per image. The estimate is unbiased over seeds for any weights, however the
+images are ordered, and after the last image it is AutoAttack's figure. The error is at least that of one
+difference not seen yet.
 
 result.npz says which images are done and which withstood what; it is also the state of an evaluation in
 progress: the same command goes on where it was stopped. `torchrun --nproc_per_node=N -- eval_aa.py ...` deals
@@ -26,7 +31,6 @@ import argparse
 import datetime
 import hashlib
 import json
-import logging
 import math
 import time
 from pathlib import Path
@@ -34,21 +38,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from pyautoattack import AutoAttack
+from tqdm import tqdm
 
 import models
 import utils
-from utils import InputError, attack_mode, evaluate, load_dataset, percent, to_float
+from utils import InputError, attack_mode, classified_right, evaluate, load_dataset, percent, seeded, to_float
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack's standard version, in its order
-# The classes that each attack needs, and about how many passes it makes per image, forward or backward.
-ATTACKS = {"apgd-ce": (2, 200), "apgd-dlr": (3, 200), "fab": (2, 1200), "square": (2, 5000),
-           "apgd-t": (4, 1800), "fab-t": (4, 2700)}
+ATTACKS = (*STANDARD, "apgd-dlr", "fab")
 # What decides an evaluation's figures: a result of another one is refused.
 IDENTITY = ("weights_sha256", "data_sha256", "model", "activation", "normalize", "n", "eps", "attacks",
             "seed", "precision", "batch_size")
 MISFIT = 0.2  # of batch norm's statistics: above it something is wrong; results/README.md has the figures
-NORMALISATIONS = (None, models.CIFAR_NORMALIZE, (models.CIFAR_NORMALIZE[0], (0.2023, 0.1994, 0.2010)),
-                  ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # the last one is ImageNet's
+NORMALISATIONS = {"--no-normalize": None, "CIFAR-10's constants": models.CIFAR_NORMALIZE,
+                  "deviations of 0.20": (models.CIFAR_NORMALIZE[0], (0.2023, 0.1994, 0.2010)),
+                  "ImageNet's constants": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 
 
 def attack_list(text):
@@ -72,9 +76,9 @@ def parse_args(argv=None):
     g.add_argument("--activation", choices=models.ACTIVATIONS, metavar="NAME",
                    help=f"{', '.join(models.ACTIVATIONS)}; default: relu")
     g.add_argument("--no-normalize", action="store_true", help="it takes images in [0, 1] as they are")
-    g.add_argument("--mean", type=utils.number(0), nargs=3, metavar="M",
+    g.add_argument("--mean", type=float, nargs=3, metavar="M",
                    help="channel means that normalise its input; default: PGD-AT's, of CIFAR-10")
-    g.add_argument("--std", type=utils.number(1e-6), nargs=3, metavar="S",
+    g.add_argument("--std", type=float, nargs=3, metavar="S",
                    help="channel standard deviations, likewise; default: PGD-AT's, of CIFAR-10")
 
     g = p.add_argument_group("attacks")
@@ -82,7 +86,10 @@ def parse_args(argv=None):
                    help="L-inf radius on the [0, 1] scale; default: the run's, or 8/255")
     g.add_argument("--attacks", type=attack_list, default="standard",
                    help=f"standard (AutoAttack), none, or a list out of {','.join(ATTACKS)}, which is no AA")
-    g.add_argument("--stop-after", type=utils.number(1, kind=int), metavar="N",
+    g.add_argument("--error", type=float, default=0.0, metavar="E",
+                   help="stop when the standard error of the last attack's figure, over seeds, is at most E "
+                        "points; the figure is slightly optimistic then, by 0.05 to 0.3 points in simulations")
+    g.add_argument("--stop-after", type=int, metavar="N",
                    help="stop after the batch with the N-th image; the command without this flag continues")
 
     g = p.add_argument_group("run")
@@ -90,90 +97,23 @@ def parse_args(argv=None):
                    help="cifar10, cifar100 or the path of an .npz; default: the run's, or cifar10")
     g.add_argument("--data-dir",
                    help="folder of cifar10.npz, which is fetched on first use; default: the run's, or data")
-    g.add_argument("--n", type=utils.number(1, kind=int), help="evaluate the first N test images alone")
-    g.add_argument("--seed", type=utils.number(0, 2**63, int), default=0, help="seed of the attacks")
-    g.add_argument("--batch-size", type=utils.number(1, kind=int),
-                   help="images per batch, of which later attacks see about half; default: 500 on CUDA, "
-                        "250 elsewhere")
+    g.add_argument("--n", type=int, help="evaluate the first N test images alone")
+    g.add_argument("--seed", type=int, default=0, help="seed of the attacks and of the order of the images")
+    g.add_argument("--batch-size", type=int,
+                   help="images per batch, of which later attacks see most at first and about half in the "
+                        "end; default: 500 on CUDA, 250 elsewhere")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     g.add_argument("--precision", choices=("fp32", "tf32"),
                    help="fp32: strict; tf32: torch's own float32; default: tf32 on CUDA, fp32 elsewhere")
     args = p.parse_args(argv)
-    if args.no_normalize and (args.mean or args.std):
-        p.error("--no-normalize contradicts --mean and --std")
-    if bool(args.mean) != bool(args.std):
-        p.error("--mean and --std go together")
-    if args.stop_after and not args.attacks:
-        p.error("--stop-after has no effect with --attacks none")
+    if bool(args.mean) != bool(args.std) or args.no_normalize and args.mean:
+        p.error("--mean and --std go together, and without --no-normalize")
+    if not args.attacks and (args.stop_after or args.error):
+        p.error("--stop-after and --error have no effect with --attacks none")
     return args
 
 
-def locate(args):
-    """(checkpoint file, result file) of the target."""
-    target, name = args.target, "result.json" if args.which == "best" else "result_last.json"
-    if target.is_dir():
-        target = target / f"{args.which}.pt"
-    elif args.which == "best":
-        name = f"{target.stem}_{name}"
-    else:
-        raise InputError("--which chooses in a run's folder, but the target is a file")
-    if args.out and args.out.suffix != ".json":
-        raise InputError(f"--out {args.out} does not end in .json")
-    return target, args.out or target.with_name(name)
-
-
 # ---- The checkpoint ----------------------------------------------------------------------------------------
-
-
-def weights_in(loaded, last, path):
-    """The dict of tensors in a file: the file itself, or one of its values. (An optimiser's lie deeper.) Of
-    several dicts it is the one with the last layer's bias. Raises InputError if there is none, or two."""
-    values = {"the file": loaded, **(loaded if isinstance(loaded, dict) else {})}
-    found = {name: v for name, v in values.items() if isinstance(v, dict) and v
-             and all(isinstance(k, str) and isinstance(tensor, torch.Tensor) for k, tensor in v.items())}
-    if len(found) > 1:
-        found = {name: v for name, v in found.items() if any(k.endswith(last) for k in v)}
-    if len(found) != 1:
-        which = ", ".join(map(str, found))
-        raise InputError(f"{path} holds " + (f"several state dicts: save one of {which} in a file of its own"
-                                             if found else "no state dict"))
-    return found.popitem()[1]
-
-
-def rename(state, names, path):
-    """A state dict under our model's names.
-
-    The prefix that most of them have in the file, such as `module.` (DataParallel), is dropped, and so is
-    what no layer could hold: the buffers of a normalisation, counters.
-    """
-    ends = names[0], names[-1]
-    prefixes = [k.removesuffix(end) for end in ends for k in state if k.endswith(end)]
-    prefix = max(prefixes, key=lambda p: sum(p + name in state for name in names), default="")
-    state = {k.removeprefix(prefix): v for k, v in state.items()}
-    # WideResNets from TRADES have a sub_block1 that no forward pass uses.
-    state = {k: v for k, v in state.items() if not k.startswith("sub_block1.")}
-    of_layers = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    others = {k: state.pop(k) for k in list(state) if k.split(".")[-1] not in of_layers}
-    triples = ["{} {:.4g} {:.4g} {:.4g}".format(k, *v.flatten()) for k, v in others.items() if v.numel() == 3]
-    if others:
-        print(f"note: {path}: no layer holds {', '.join(others)}: ignored"
-              + (f". Are these what --mean and --std should be: {', '.join(triples)}?" if triples else ""))
-    return state
-
-
-def load_weights(model, state, path):
-    """model.load_state_dict(state), strictly but for `num_batches_tracked`, which old checkpoints lack.
-
-    Raises InputError, naming the first key that differs, or if a weight is not finite.
-    """
-    tracked = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
-    try:
-        model.load_state_dict({**tracked, **state})
-    except RuntimeError as e:  # line 2: what is missing, unexpected or of another size, the first key first
-        first = str(e).splitlines()[1].strip().split('", ')[0]
-        raise InputError(f"{path} is of another architecture: {first} ...") from None
-    if not all(v.isfinite().all() for v in state.values()):
-        raise InputError(f"{path} holds NaN or infinite weights")
 
 
 def load_model(path, model=None, activation=None, no_normalize=False, mean=None, std=None):
@@ -184,30 +124,68 @@ def load_model(path, model=None, activation=None, no_normalize=False, mean=None,
     cannot be read safely, or does not fit the flags.
     """
     path, loaded = Path(path), utils.load_checkpoint(path)
-    ours = {"state_dict": dict, "args": dict, "num_classes": int, "epoch": int, "data_sha256": str}
-    if isinstance(loaded, dict) and all(isinstance(loaded.get(k), kind) for k, kind in ours.items()):
+    about = {"checkpoint": path.name, "epoch": None, "normalize": models.CIFAR_NORMALIZE}
+    if isinstance(loaded, dict) and "data_sha256" in loaded:
         if model or activation or no_normalize or mean:
             raise InputError("--model, --activation, --no-normalize, --mean and --std have no effect: "
                              f"{path} says what it is itself")
-        state, trained, epoch = loaded["state_dict"], loaded["args"], loaded["epoch"]
-        model, activation = trained["model"], trained["activation"]
-        normalize, num_classes = loaded["normalize"], loaded["num_classes"]
+        state, trained = loaded["state_dict"], loaded["args"] | {"data_sha256": loaded["data_sha256"]}
+        about |= {k: trained[k] for k in ("model", "activation")}
+        about |= {k: loaded[k] for k in ("epoch", "normalize", "num_classes")}
     else:
         if model is None:
             raise InputError(f"{path} does not name its architecture: give --model (and --no-normalize if it "
                              "takes plain images)")
-        with torch.device("meta"):  # without memory, for the names alone
-            names = list(models.build(model).state_dict())
-        state = rename(weights_in(loaded, names[-1], path), names, path)
-        trained, epoch = {"dataset": "cifar10", "eps": 8 / 255}, None
-        num_classes = len(state.get(names[-1], range(10)))  # the last layer's biases
-        normalize = None if no_normalize else (mean, std) if mean else models.CIFAR_NORMALIZE
-        activation = activation or "relu"
-    network = models.build(model, num_classes, activation, normalize)
-    load_weights(network, state, path)
-    about = {"model": model, "activation": activation, "normalize": normalize, "num_classes": num_classes,
-             "checkpoint": path.name, "epoch": epoch}
+        names = list(shapes(model))
+        state, trained = under_our_names(state_dict_in(loaded, path), names, path), {}
+        about |= {"model": model, "activation": activation or "relu", "misfit": None,
+                  "num_classes": len(state.get(names[-1], range(10)))}  # the last layer's biases
+        if no_normalize or mean:
+            about["normalize"] = (mean, std) if mean else None
+    own = shapes(about["model"], about["num_classes"])
+    if not fits(state, own):
+        alike = [m for m in models.MODELS if fits(state, shapes(m, about["num_classes"]))]
+        raise InputError(f"{path} is of another architecture than {about['model']}: "
+                         + (f"it fits --model {alike[0]}" if alike else "it fits none of ours"))
+    network = models.build(*(about[k] for k in ("model", "num_classes", "activation", "normalize")))
+    network.load_state_dict(state, strict=False)  # old checkpoints lack num_batches_tracked
     return network.eval().requires_grad_(False), about, trained
+
+
+def shapes(model, num_classes=10):
+    """{name: shape} of the state dict of one of our architectures, made without memory for the weights."""
+    with torch.device("meta"):
+        return {k: v.shape for k, v in models.build(model, num_classes).state_dict().items()}
+
+
+def fits(state, own):
+    """Whether names and shapes of a state dict are an architecture's own."""
+    found = {k: v.shape for k, v in state.items()}
+    return own == {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | found
+
+
+def state_dict_in(loaded, path):
+    """The dict of tensors in a file: the file itself, or one of its values. (An optimiser's lie deeper.)"""
+    values = [loaded, *(loaded.values() if isinstance(loaded, dict) else ())]
+    found = [v for v in values if isinstance(v, dict) and v
+             and all(isinstance(tensor, torch.Tensor) for tensor in v.values())]
+    if len(found) != 1:
+        raise InputError(f"{path} holds {len(found) or 'no'} state dicts: save one in a file of its own")
+    return found[0]
+
+
+def under_our_names(state, names, path):
+    """The state dict without the prefix that the names have in the file, such as `module.` (DataParallel),
+    and without what no layer holds: the buffers of a normalisation, counters, and the sub_block1 of
+    WideResNets from TRADES, which no forward pass uses."""
+    first = min((k for k in state if k.endswith(names[0])), key=len, default=names[0])
+    state = {k.removeprefix(first.removesuffix(names[0])): v for k, v in state.items()}
+    state = {k: v for k, v in state.items() if not k.startswith("sub_block1.")}
+    of_layers = (".weight", ".bias", ".running_mean", ".running_var", ".num_batches_tracked")
+    others = [k for k in state if not k.endswith(of_layers)]
+    if others:
+        print(f"note: {path}: ignored, since no layer holds it: {', '.join(others)}")
+    return {k: v for k, v in state.items() if k not in others}
 
 
 @torch.no_grad()
@@ -236,15 +214,123 @@ def misfit(model, images):
 def warn_of_misfit(model, images, value):
     """Warn that the misfit is high, and name the normalisation under which it is lowest."""
     given, tried = model.normalize, {}
-    for constants in NORMALISATIONS:
+    for flags, constants in NORMALISATIONS.items():
         model.normalize = models.Normalize(*constants).to(images.device) if constants else torch.nn.Identity()
-        tried[misfit(model, images)] = constants
-    model.normalize, lowest = given, min(tried)
-    mean, std = (" ".join(map(str, triple)) for triple in tried[lowest] or ("", ""))
-    flags = f"--mean {mean} --std {std}" if mean else "--no-normalize"
+        tried[flags] = misfit(model, images)
+    model.normalize, best = given, min(tried, key=tried.get)
     print("warning: are model, activation and normalisation those of its training? Batch norm's statistics "
           f"do not fit: misfit {value:.2f}, expected below {MISFIT}"
-          + (f"; with {flags} it is {lowest:.2f}" if lowest < 0.8 * value else ""))
+          + (f"; with {best} it is {tried[best]:.2f}" if tried[best] < 0.8 * value else ""))
+
+
+# ---- The estimate ------------------------------------------------------------------------------------------
+
+
+def priority(pgd10, margin, seed):
+    """(weight, key) of each image, (N,) float64 each: images are evaluated in the order of their keys.
+
+    pgd10 (N,) bool: which withstand PGD-10; margin (N,): the label's logit less the largest other one after
+    PGD-10. What AutoAttack breaks beyond PGD-10 has a margin close to 0, so the weight falls with the rank of
+    that closeness, among the images that withstand and among those that do not. A few of the latter may
+    withstand a single other attack. The weights decide how precise the estimate is, not whether it is right.
+    """
+    weight = np.empty(len(pgd10))
+    for group, scale, least in ((pgd10, 1, 0), (~pgd10, 0.3, 0.2)):
+        rank = abs(margin[group]).argsort(kind="stable").argsort() / max(1, group.sum())  # in [0, 1)
+        weight[group] = np.maximum(least, scale / (0.05 + rank))
+    uniform = torch.rand(len(pgd10), dtype=torch.float64, generator=seeded("cpu", seed, "order")).numpy()
+    return weight, uniform / weight
+
+
+def estimate(pgd10, robust, done, weight, key):
+    """(accuracy, its standard error over seeds), in per cent, by the formula at the top. All are (N,); robust
+    is known of the images that are done, which are those with the smallest keys."""
+    if done.all():
+        return percent(torch.from_numpy(robust)), 0.0
+    difference, threshold = pgd10[done].astype(float) - robust[done], key[~done].min()
+    p = np.minimum(1, weight[done] * threshold)  # with which an image would have been chosen by now
+    unseen = min(np.median(weight[pgd10]) if pgd10.any() else np.inf, weight[~done].max())
+    q = unseen * threshold  # below 1, since the heaviest image to come has not been chosen
+    variance = max((difference**2 * (1 - p) / p**2).sum(), (1 - q) / q**2)
+    scale = 100 / len(done)
+    return round(scale * (pgd10.sum() - (difference / p).sum()), 2), round(scale * math.sqrt(variance), 2)
+
+
+# ---- The result --------------------------------------------------------------------------------------------
+
+
+def describe(model, images, labels, eps, path, attacks):
+    """What tells an evaluation from another one of the same flags. Raises InputError if it cannot be made."""
+    with torch.no_grad():
+        x = to_float(images[:2]).contiguous()
+        logits, alone = model(x), torch.cat([model(x[i : i + 1]) for i in range(len(x))])
+    logits, alone = logits.float().nan_to_num().cpu(), alone.float().nan_to_num().cpu()
+    for wrong, message in (
+            (not 0 <= eps < 1, f"eps {eps} is not on the [0, 1] scale of the images: give 8 / 255"),
+            (path.suffix != ".json", f"{path} does not end in .json"),
+            (images.dtype != torch.uint8 or images.shape[1:] != (*images.shape[1:3], 3),
+             f"images are {images.dtype} {tuple(images.shape)}, not torch.uint8 (N, H, W, 3)"),
+            (labels.shape != images.shape[:1] or labels.dtype != torch.int64
+             or not 0 <= labels.min() <= labels.max() < logits.shape[1],
+             f"labels are not torch.int64 ({len(images)},) from 0 to {logits.shape[1] - 1}"),
+            (not set(attacks) <= set(ATTACKS), f"attacks {attacks}: there is {', '.join(ATTACKS)}"),
+            ((logits - alone).abs().max() > 1e-2 * logits.abs().max(),
+             "the model's logits are random, or depend on the other images of the batch: no figure holds")):
+        if wrong:
+            raise InputError(message)
+    weights = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    return {"weights_sha256": sha256_of(weights), "logits": logits.tolist(), "num_classes": logits.shape[1],
+            "data_sha256": sha256_of({"images": images, "labels": labels}), "n": len(labels), "eps": eps,
+            "attacks": attacks}
+
+
+def open_result(path, about):
+    """(result, arrays) of the evaluation in the .json and the .npz beside it, or of one that begins.
+
+    arrays, (N,) each: "clean", "pgd10", an attack's name: which images withstood it and those before; "done";
+    "margin" after PGD-10. Raises InputError if the files are of another evaluation.
+    """
+    npz = path.with_suffix(".npz")
+    if not path.exists() and not npz.exists():
+        return {**about, "seconds": {"pgd10": 0, "autoattack": 0}}, {}
+    with np.load(npz, allow_pickle=False) as file:
+        arrays = dict(file)
+    result = json.loads(str(arrays.pop("result", "{}")))
+    differ = [f"{k} was {result.get(k)}, is {about.get(k)}" for k in IDENTITY
+              if result.get(k) != about.get(k)]
+    was, now = np.array(result.get("logits", about["logits"])), np.array(about["logits"])
+    if was.shape != now.shape or (abs(was - now) > 1e-3 * abs(now).max()).any():
+        differ.append("the same weights gave other logits")
+    if not differ and not result["complete"] and "margin" not in arrays:
+        differ = ["an older version took the images in another order"]
+    if differ:
+        raise InputError(f"{path} is of another evaluation ({'; '.join(differ)}): choose another --out, or "
+                         f"delete it and {npz}")
+    return result, arrays
+
+
+def report(path, result, arrays, left=""):
+    """Bring the figures up to date, write both files, each whole or not at all, and print the figures: clean
+    82.16 / PGD-10 53.31 / AA 48.71 +- 0.45 (2,000 of 10,000 images)."""
+    n_done, attacks, classes = int(arrays["done"].sum()), result["attacks"], result["num_classes"]
+    order = priority(arrays["pgd10"], arrays["margin"], result["seed"])
+    figures = {a: estimate(arrays["pgd10"], arrays[a], arrays["done"], *order) for a in attacks if n_done}
+    is_aa = tuple(attacks) == STANDARD
+    aa, error = figures.get(STANDARD[-1], (None, None)) if is_aa else (None, None)
+    result |= {k: percent(torch.from_numpy(arrays[k])) for k in ("clean", "pgd10")}
+    result |= {"n_done": n_done, "complete": not attacks or n_done == result["n"], "left": figures, "aa": aa,
+               "aa_error": error}
+    whole = {**arrays, "result": json.dumps(result)}
+    utils.write_whole(path.with_suffix(".npz"), lambda file: np.savez_compressed(file, **whole))
+    utils.write_json(path, result)
+    text = f"clean {result['clean']:.2f} / PGD-10 {result['pgd10']:.2f}"
+    if figures:
+        value, error = figures[attacks[-1]]
+        name = "AA" if classes >= 10 else f"AA, {classes - 1} targets"
+        text += f" / {name if is_aa else ','.join(attacks) + ' (not AA)'} {max(value, 0):.2f}"
+        if not result["complete"]:
+            text += f" +- {error:.2f} ({n_done:,} of {result['n']:,} images){left}"
+    tqdm.write(text)
 
 
 def sha256_of(tensors):
@@ -256,67 +342,6 @@ def sha256_of(tensors):
     return digest.hexdigest()
 
 
-# ---- The result --------------------------------------------------------------------------------------------
-
-
-def open_result(path, about):
-    """(result, flags) of the evaluation in the .json and the .npz beside it, or of one that begins.
-
-    flags: {"clean", "pgd10", an attack's name: which images withstood it and those before, "done"}, (N,) bool
-    each. Raises InputError if a file is of another evaluation, or not ours.
-    """
-    npz = path.with_suffix(".npz")
-    if not path.exists() and not npz.exists():
-        return {**about, "seconds": {"pgd10": 0, "autoattack": 0}}, {}
-    try:
-        with np.load(npz, allow_pickle=False) as file:
-            flags = dict(file)
-        result = json.loads(str(flags.pop("result")))
-        differ = [f"{k} was {result.get(k)}, is {about.get(k)}" for k in IDENTITY
-                  if result.get(k) != about.get(k)]
-    except Exception:  # gone, damaged, an .npz of something else ...
-        differ = [f"{npz} says nothing of it"]
-    if differ:
-        raise InputError(f"{path} is of another evaluation ({'; '.join(differ)}): choose another --out, or "
-                         f"delete it and {npz}")
-    return result, flags
-
-
-def estimate(pgd10, robust, done):
-    """(accuracy, its standard error), per cent, from flags (N,): pgd10 of all images, robust of those done.
-
-    See the formula at the top; while all differences are equal, the error is that of one that is not. At
-    least one image has to be done.
-    """
-    total, n = len(done), done.sum()
-    difference = pgd10[done].astype(float) - robust[done]
-    spread = max(((difference - difference.mean()) ** 2).sum() / max(n - 1, 1), 1 / n)
-    error = math.sqrt((1 - n / total) * spread / n)
-    return round(100 * (pgd10.mean() - difference.mean()), 2), round(100 * error, 2)
-
-
-def report(path, result, flags):
-    """Bring the figures up to date, write both files, each whole or not at all, and print the figures: clean
-    82.16 / PGD-10 53.31 / AA 48.71 +- 0.45 (2,000 of 10,000 images)."""
-    n_done, attacks, classes = int(flags["done"].sum()), result["attacks"], result["num_classes"]
-    figures = {a: estimate(flags["pgd10"], flags[a], flags["done"]) for a in attacks if n_done}
-    aa, error = figures.get(STANDARD[-1], (None, None)) if tuple(attacks) == STANDARD else (None, None)
-    result |= {k: percent(torch.from_numpy(flags[k])) for k in ("clean", "pgd10")}
-    result |= {"n_done": n_done, "complete": not attacks or n_done == result["n"], "left": figures, "aa": aa,
-               "aa_error": error}
-    arrays = {**flags, "result": json.dumps(result)}
-    utils.write_whole(path.with_suffix(".npz"), lambda file: np.savez_compressed(file, **arrays))
-    utils.write_json(path, result)
-    text = f"clean {result['clean']:.2f} / PGD-10 {result['pgd10']:.2f}"
-    if figures:
-        value, error = figures[attacks[-1]]
-        name = "AA" if classes >= 10 else f"AA, {classes - 1} targets"
-        text += f" / {name if aa is not None else ','.join(attacks) + ' (not AA)'} {value:.2f}"
-        if not result["complete"]:
-            text += f" +- {error:.2f} ({n_done:,} of {result['n']:,} images)"
-    utils.say(text)
-
-
 # ---- Attacks -----------------------------------------------------------------------------------------------
 
 
@@ -326,14 +351,6 @@ def make_autoattack(model, eps, seed, device, targets=9):
     def forward(x):  # AutoAttack calls .view on the gradient of x, which flat memory makes contiguous
         return model(x.flatten(1).unflatten(1, x.shape[1:]))
 
-    said = set()
-
-    def once(record):  # warnings come again with every batch
-        new = record.getMessage() not in said
-        said.add(record.getMessage())
-        return new
-
-    logging.getLogger("auto-attack").filters = [once]  # of this evaluation: another one is told anew
     torch.backends.cudnn.benchmark = False  # batches shrink as images are broken
     aa = AutoAttack(forward, norm="Linf", eps=eps, seed=seed, version="standard", device=device)
     aa.apgd_targeted.n_target_classes = aa.fab.n_target_classes = targets
@@ -346,7 +363,7 @@ def withstood(aa, attacks, x, y):
     x (B, 3, 32, 32) in [0, 1], y (B,).
     """
     with torch.no_grad():
-        robust = aa.get_logits(x).argmax(1) == y
+        robust = classified_right(aa.get_logits(x), y)
     for attack in attacks:
         index = robust.nonzero().squeeze(1)
         if len(index):  # the package raises where there is no image
@@ -356,112 +373,100 @@ def withstood(aa, attacks, x, y):
         yield attack, robust.clone()
 
 
-@torch.enable_grad()  # evaluation code often stands under no_grad
+@torch.inference_mode(False)  # evaluation code often stands under one of the two
+@torch.enable_grad()
 def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch_size=250, stop_after=None,
-               about=None):
-    """Clean, PGD-10 and AutoAttack accuracy of any module from x (B, 3, 32, 32) in [0, 1] to logits (B, K).
+               error=0.0, about=None):
+    """Clean, PGD-10 and AutoAttack accuracy of any module from x (B, 3, H, W) in [0, 1] to logits (B, K).
 
-    images (N, 32, 32, 3) uint8 and labels (N,) int64 on the model's device; eps on the [0, 1] scale; path:
-    the result's .json, which is written after every batch with the .npz beside it, and from which a second
-    call with the same weights and data goes on; attacks: names out of ATTACKS; stop_after: end after the
-    batch with that image; about: what else the result says. Returns the result, a dict. Raises InputError if
-    an attack needs more classes, or if the files are of another evaluation.
+    images (N, H, W, 3) uint8 and labels (N,) int64 on the model's device; eps on the [0, 1] scale; path: the
+    result's .json, which is written after every batch with the .npz beside it, and from which a second call
+    with the same function and data goes on; attacks: names out of ATTACKS; stop_after: end after the batch
+    with that image; error: end when the last attack's standard error is at most so many points; about: what
+    else the result says, where a misfit of None is measured. Returns the result, a dict. Raises InputError if
+    an argument is not as described, if the logits of an image depend on the others of its batch, or if the
+    files are of another evaluation.
     """
-    path, device, total = Path(path), images.device, len(labels)
-    if (images.dtype, labels.dtype) != (torch.uint8, torch.int64):
-        raise InputError(f"images are {images.dtype}, labels {labels.dtype}: torch.uint8 (N, 32, 32, 3) and "
-                         "torch.int64 (N,) are needed")
+    path, images, labels, n = Path(path), images.clone(), labels.clone(), len(labels)  # clones can be attacked
     with utils.lock(path.parent, f".{path.stem}.lock"), attack_mode(model, "eval"):
-        with torch.no_grad():
-            classes = model(to_float(images[:1]).contiguous()).shape[1]
-        if any(ATTACKS[a][0] > classes for a in attacks):
-            fewer = ",".join(a for a, (needed, _) in ATTACKS.items() if needed <= classes)
-            raise InputError(f"{classes} classes are too few for {','.join(attacks)}: try --attacks {fewer}")
-        about = {"weights_sha256": sha256_of(model.state_dict()), "num_classes": classes, "n": total,
-                 "data_sha256": sha256_of({"images": images, "labels": labels}), "eps": eps,
-                 "attacks": attacks, "seed": seed, "batch_size": batch_size, **utils.environment(device),
-                 **(about or {})}
-        result, flags = open_result(path, json.loads(json.dumps(about)))
-        if not flags:
+        about = {**describe(model, images, labels, eps, path, attacks), "seed": seed, "batch_size": batch_size,
+                 **utils.environment(images.device), **(about or {})}
+        result, arrays = open_result(path, json.loads(json.dumps(about)))
+        if not arrays:
+            if "misfit" in result:
+                result["misfit"] = misfit(model, images[:250])
+                if not (result["misfit"] or 0) <= MISFIT:
+                    warn_of_misfit(model, images[:250], result["misfit"])
             began = time.time()
-            pgd10 = evaluate(model, images, labels, eps, seed=seed, batch_size=batch_size, shard=utils.SHARD)
-            flags = dict(zip(("clean", "pgd10"), utils.sum_over_processes(pgd10).cpu().numpy()))
-            flags |= {name: np.zeros(total, dtype=bool) for name in (*attacks, "done")}
+            found = evaluate(model, images, labels, eps, seed=seed, batch_size=batch_size, shard=utils.SHARD)
+            found = (utils.sum_over_processes(t.cpu()).numpy() for t in found)
+            arrays = dict(zip(("clean", "pgd10", "margin"), found))
+            arrays |= {name: np.zeros(n, dtype=bool) for name in (*attacks, "done")}
             result["seconds"]["pgd10"] = round(time.time() - began, 1)
-        report(path, result, flags)
-        if attacks:
-            aa = make_autoattack(model, eps, seed, device, min(9, classes - 1))
-            run_attacks(aa, images, labels, result, flags, stop_after, path)
-    if result["aa"] is not None:
-        show_late(flags)
+        if "margin" in arrays:  # not in an old evaluation, which has come to its end
+            report(path, result, arrays)
+        if result["complete"]:
+            return result
+
+        _, key = priority(arrays["pgd10"], arrays["margin"], seed)
+        order = torch.from_numpy(key.argsort())
+        aa = make_autoattack(model, eps, seed, images.device, min(9, result["num_classes"] - 1))
+        starts = range(result["n_done"], min(n, stop_after or n), batch_size)
+        rounds = [starts[i : i + utils.WORLD] for i in range(0, len(starts), utils.WORLD)]  # one a process
+        bar, began = utils.progress(total=len(rounds) * len(attacks), desc="AutoAttack"), time.time()
+        for number, of_all in enumerate(rounds, 1):
+            if result["n_done"] and result["left"][attacks[-1]][1] <= error:
+                break
+            started, new = time.time(), torch.zeros(len(attacks) + 1, n, dtype=torch.bool)
+            for i in of_all[utils.RANK : utils.RANK + 1]:
+                batch = order[i : i + batch_size]
+                x, y = to_float(images[batch]).contiguous(), labels[batch]
+                for row, (attack, robust) in zip(new, withstood(aa, attacks, x, y)):
+                    row[batch] = robust.cpu()
+                    bar.update()
+                    if bar.disable and number == 1:  # no terminal: a sign of life
+                        print(f"{attack}: {robust.sum()} of {len(y)} images withstand, "
+                              f"{time.time() - started:.0f} s")
+                new[-1, batch] = True
+            for name, values in zip((*attacks, "done"), utils.sum_over_processes(new).numpy()):
+                arrays[name] |= values
+            result["seconds"]["autoattack"] = round(result["seconds"]["autoattack"] + time.time() - started, 1)
+            left = datetime.timedelta(seconds=round((time.time() - began) / number * (len(rounds) - number)))
+            report(path, result, arrays, f", {'at most ' if error else ''}{left} left")
+        bar.close()
     return result
-
-
-def run_attacks(aa, images, labels, result, flags, stop_after, path):
-    """Send the batches that are not done through all attacks; report after each round of the processes."""
-    n, size, attacks = result["n"], result["batch_size"], result["attacks"]
-    starts = [i for i in range(0, min(n, stop_after or n), size) if not flags["done"][i]]
-    rounds = [starts[i : i + utils.WORLD] for i in range(0, len(starts), utils.WORLD)]
-    for of_all in utils.progress(rounds, "AutoAttack", len(rounds)):
-        began = time.time()
-        new = torch.zeros(len(attacks) + 1, n, dtype=torch.bool, device=labels.device)
-        for i in of_all[utils.RANK : utils.RANK + 1]:
-            batch = slice(i, i + size)
-            x, y = to_float(images[batch]).contiguous(), labels[batch]
-            for k, (_, robust) in enumerate(withstood(aa, attacks, x, y)):
-                new[k, batch] = robust
-                if k == 0 and of_all is rounds[0]:
-                    share = robust.sum().item() / max(1, flags["clean"][batch].sum())
-                    forecast(attacks, time.time() - began, len(y), share, len(rounds))
-            new[-1, batch] = True
-        for name, values in zip((*attacks, "done"), utils.sum_over_processes(new).cpu().numpy()):
-            flags[name] |= values
-        result["seconds"]["autoattack"] = round(result["seconds"]["autoattack"] + time.time() - began, 1)
-        report(path, result, flags)
-
-
-def forecast(attacks, seconds, images, share, rounds):
-    """Say how long everything will take, when the first attack on the first batch of images has shown it, and
-    which share of those it attacked is left for the other attacks."""
-    passes = [ATTACKS[a][1] for a in attacks]
-    total = rounds * seconds * (1 + share * sum(passes[1:]) / passes[0])
-    utils.say(f"{attacks[0]} took {seconds:.0f} s for the first {images} images; in all this takes about "
-        f"{datetime.timedelta(seconds=round(total))}")
-
-
-def show_late(flags):
-    """Print which images only FAB and Square break, and warn if they are many: a sign of masked gradients."""
-    late = np.flatnonzero(flags["apgd-t"] & ~flags["square"] & flags["done"])
-    share = 100 * len(late) / flags["done"].sum()
-    utils.say(f"fab-t and square alone break {len(late)} of the images ({share:.2f} %) {late.tolist() or ''}"
-        + ("\nwarning: that is many: are gradients masked?" if share > 0.5 else ""))
 
 
 def main():
     args = parse_args()
     device = utils.start_device(args)
-    path, out = locate(args)
+    target, name = args.target, "result.json" if args.which == "best" else "result_last.json"
+    if target.is_dir():
+        target = target / f"{args.which}.pt"
+    else:
+        name = f"{target.stem}_{name}"
+    out = args.out or target.with_name(name)
     model, about, trained = load_model(
-        path, args.model, args.activation, args.no_normalize, args.mean, args.std)
-    dataset = args.dataset or trained["dataset"]
+        target, args.model, args.activation, args.no_normalize, args.mean, args.std)
+    dataset = args.dataset or trained.get("dataset", "cifar10")
+    eps = trained.get("eps", 8 / 255) if args.eps is None else args.eps
     data = load_dataset(dataset, device, args.data_dir or trained.get("data_dir", "data"))
-    n, eps = args.n or len(data.test_labels), trained["eps"] if args.eps is None else args.eps
+    n = args.n or len(data.test_labels)
     if data.num_classes != about["num_classes"]:
-        raise InputError(f"{path} knows {about['num_classes']} classes, but the data set has "
+        raise InputError(f"{target} knows {about['num_classes']} classes, but the data set has "
                          f"{data.num_classes}")
     if n > len(data.test_labels):
         raise InputError(f"--n {n}: there are {len(data.test_labels):,} test images")
-    print(f"{path}: {about['model']}, {n:,} test images, eps {255 * eps:.4g}/255")
+    print(f"{target}: {about['model']}, {n:,} test images, eps {255 * eps:.4g}/255")
+    if trained.get("data_sha256", data.sha256) != data.sha256:
+        print(f"note: {dataset} is not what it was trained on, by the SHA-256")
+    if dataset not in ("cifar10", "cifar100"):
+        about.pop("misfit", None)  # one's own data may differ from those of training
     model.to(device, memory_format=torch.channels_last)
     about |= {"data_sha256": data.sha256, "precision": args.precision}
-    if args.model:
-        first = data.test_images[:1000]
-        about["misfit"] = misfit(model, first)
-        if (about["misfit"] or 0) > MISFIT and dataset in ("cifar10", "cifar100"):  # not on one's own data
-            warn_of_misfit(model, first[:250], about["misfit"])
     size = args.batch_size or (500 if device.type == "cuda" else 250)
     autoattack(model, data.test_images[:n], data.test_labels[:n], eps, out, args.attacks, args.seed, size,
-               args.stop_after, about)
+               args.stop_after, args.error, about)
     print(f"written to {out}" + (f", of the first {n:,} of {len(data.test_labels):,} test images"
                                  if n < len(data.test_labels) else ""))
 

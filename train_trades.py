@@ -41,62 +41,62 @@ def parse_args(argv=None):
     g.add_argument("--activation", choices=models.ACTIVATIONS, default="relu", metavar="NAME",
                    help=f"activation function: {', '.join(models.ACTIVATIONS)}")
     g.add_argument("--dataset", default="cifar10", help="data set: cifar10, cifar100 or the path of an .npz")
-    g.add_argument("--n-train", type=utils.number(1, kind=int), metavar="N",
+    g.add_argument("--n-train", type=int, metavar="N",
                    help="take the first N training images; default: all")
-    g.add_argument("--val", type=utils.number(0, kind=int), default=0, metavar="N",
+    g.add_argument("--val", type=int, default=0, metavar="N",
                    help="hold out N training images to choose the best checkpoint by, not by the test set")
 
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=utils.number(1, kind=int), default=110,
+    g.add_argument("--epochs", type=int, default=110,
                    help="passes over the training images")
-    g.add_argument("--batch-size", type=utils.number(1, kind=int), default=128, help="images per step")
+    g.add_argument("--batch-size", type=int, default=128, help="images per step")
     g.add_argument("--optimizer", choices=utils.OPTIMIZERS, default="sgd", help="one of Table 5's optimisers")
-    g.add_argument("--lr", type=utils.number(0), help="learning rate; default: 0.1, or 1e-4 for adam(w)")
-    g.add_argument("--momentum", type=utils.number(0, 1), default=0.9, help="momentum of the SGD family")
-    g.add_argument("--wd", type=utils.number(0), default=5e-4, help="weight decay, on all parameters")
+    g.add_argument("--lr", type=float, help="learning rate; default: 0.1, or 1e-4 for adam(w)")
+    g.add_argument("--momentum", type=float, default=0.9, help="momentum of the SGD family")
+    g.add_argument("--wd", type=float, default=5e-4, help="weight decay, on all parameters")
     g.add_argument("--lr-schedule", choices=utils.SCHEDULES, default="piecewise",
                    help="learning-rate schedule")
-    g.add_argument("--lr-decay-epochs", type=utils.number(0), nargs="+", default=[100, 105], metavar="EPOCH",
+    g.add_argument("--lr-decay-epochs", type=float, nargs="+", default=[100, 105], metavar="EPOCH",
                    help="epochs at which the piecewise schedule decays")
-    g.add_argument("--lr-decay-factor", type=utils.number(0), nargs="+", default=0.1, metavar="FACTOR",
+    g.add_argument("--lr-decay-factor", type=float, nargs="+", default=0.1, metavar="FACTOR",
                    help="what each decay multiplies the learning rate by: one factor, or one per decay")
-    g.add_argument("--warmup-lr", type=utils.number(0), default=0, metavar="EPOCHS",
+    g.add_argument("--warmup-lr", type=float, default=0, metavar="EPOCHS",
                    help="epochs over which the learning rate first rises linearly from 0")
-    g.add_argument("--time-scale", type=utils.number(0), default=1, metavar="F",
+    g.add_argument("--time-scale", type=float, default=1, metavar="F",
                    help="shorten the recipe: multiply --epochs, decays and warm-ups by F, rounded")
 
     g = p.add_argument_group("TRADES")
-    g.add_argument("--beta", type=utils.number(0), default=6.0, help="weight of the robust term of the loss")
+    g.add_argument("--beta", type=float, default=6.0, help="weight of the robust term of the loss")
     g.add_argument("--eps", type=utils.fraction, default="8/255",
                    help="L-inf radius, in training and in the test, on the [0, 1] scale")
     g.add_argument("--alpha", type=utils.fraction, default="2/255",
                    help="step size of the training attack, on the [0, 1] scale")
-    g.add_argument("--steps", type=utils.number(1, kind=int), default=10, help="steps of the training attack")
-    g.add_argument("--warmup-eps", type=utils.number(0), default=0, metavar="EPOCHS",
+    g.add_argument("--steps", type=int, default=10, help="steps of the training attack")
+    g.add_argument("--warmup-eps", type=float, default=0, metavar="EPOCHS",
                    help="epochs over which eps first rises linearly from 0")
     g.add_argument("--bn-mode", choices=("train", "eval"), default="eval",
                    help="mode of batch norm while the training attack runs")
 
     g = p.add_argument_group("tricks since the paper")
-    g.add_argument("--ema", type=utils.number(0, 1), default=0, metavar="DECAY",
+    g.add_argument("--ema", type=float, default=0, metavar="DECAY",
                    help="test and save an exponential moving average of the weights, whose decay at update t "
                         "is min(DECAY, (1 + t) / (10 + t)); 0: off")
-    g.add_argument("--awp", type=utils.number(0), default=0, metavar="GAMMA",
+    g.add_argument("--awp", type=float, default=0, metavar="GAMMA",
                    help="adversarial weight perturbation: take the gradient with every weight tensor moved "
                         "up the loss by GAMMA of its norm, which makes the update twice as long; its authors "
                         "use 0.01 for PGD-AT and 0.005 for TRADES; 0: off")
-    g.add_argument("--awp-warmup", type=utils.number(0, kind=int), default=0, metavar="EPOCHS",
+    g.add_argument("--awp-warmup", type=int, default=0, metavar="EPOCHS",
                    help="epochs before --awp starts; its authors use 0 for PGD-AT and 10 for TRADES")
 
     g = p.add_argument_group("run")
-    g.add_argument("--seed", type=utils.number(0, 2**63, int), default=0,
+    g.add_argument("--seed", type=int, default=0,
                    help="seed of weights, batches and attacks")
-    g.add_argument("--eval-every", type=utils.number(1, kind=int), default=1, metavar="EPOCHS",
+    g.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS",
                    help="test after every EPOCHS epochs, and after the last one")
-    g.add_argument("--eval-from", type=utils.number(1, kind=int), default=1, metavar="EPOCH",
+    g.add_argument("--eval-from", type=int, default=1, metavar="EPOCH",
                    help="do not test before this epoch, but always after the last one; the best one usually "
                         "comes after the first decay")
-    g.add_argument("--test-batch-size", type=utils.number(1, kind=int),
+    g.add_argument("--test-batch-size", type=int,
                    help="images per test batch; default: 1000 on CUDA, 250 elsewhere")
     g.add_argument("--out", help="folder of the run; default: runs/ and a name made of the flags")
     g.add_argument("--resume", action="store_true",

@@ -219,15 +219,17 @@ def pgd(model, x, y, x_start, eps, alpha, steps, tolerance=None):
 
 
 def evaluate(model, images, labels, eps, steps=10, alpha=2 / 255, seed=0, batch_size=250, shard=slice(None)):
-    """Which images are classified correctly: a (2, N) bool tensor, clean and under PGD.
+    """(clean, robust, margin), (N,) each: which images are classified right, as they are and under PGD, and
+    the label's logit less the largest other one under PGD (-inf if one is not finite).
 
     The defaults are the paper's PGD-10: one uniform start, and an image counts as robust if the last iterate
-    is classified correctly (as in robust_overfitting; the paper's checkpoints were chosen like that). images
+    is classified right (as in robust_overfitting; the paper's checkpoints were chosen like that). images
     (N, 32, 32, 3) uint8. steps=0 leaves PGD out. An image's start does not depend on the batch size. shard:
-    the images to evaluate; the others stay False.
+    the images to evaluate; the others stay False and 0.
     """
     n, device = len(images), images.device
-    clean, robust = flags = torch.zeros(2, n, dtype=torch.bool, device=device)
+    clean, robust = (torch.zeros(n, dtype=torch.bool, device=device) for _ in range(2))
+    margin = torch.zeros(n, device=device)
     noise = torch.empty(images.shape, device=device)
     noise.uniform_(-eps, eps, generator=seeded(device, seed, "evaluation", 0))
     parts = torch.arange(n, device=device)[shard].split(batch_size)
@@ -235,13 +237,18 @@ def evaluate(model, images, labels, eps, steps=10, alpha=2 / 255, seed=0, batch_
         for index in tqdm(parts, f"PGD-{steps}", leave=False, disable=shard.start or None):
             x, y = to_float(images[index]).contiguous(), labels[index]  # anyone's module may call .view
             with torch.no_grad():
-                clean[index] = robust[index] = classified_right(model(x), y)
+                logits = model(x)
+            clean[index] = classified_right(logits, y)
             if steps:
                 x_start = (x + noise[index].permute(0, 3, 1, 2)).clamp_(0, 1)
                 x_adv = pgd(model, x, y, x_start, eps, alpha, steps)
                 with torch.no_grad():
-                    robust[index] = classified_right(model(x_adv), y)
-    return flags
+                    logits = model(x_adv)
+            robust[index] = classified_right(logits, y)
+            others = logits.scatter(1, y[:, None], -math.inf).max(1).values
+            at_label = logits.gather(1, y[:, None]).squeeze(1)
+            margin[index] = (at_label - others).float().where(logits.isfinite().all(1), -math.inf)
+    return clean, robust, margin
 
 
 def classified_right(logits, y):
@@ -393,11 +400,31 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return action.help if hidden else super()._get_help_string(action)
 
 
+# The numbers that flags of all scripts take: from the first of the pair, and below the second.
+BOUNDS = {
+    (0, 1): "eps alpha momentum ls ema",
+    (0, math.inf): "lr wd beta awp awp_warmup warmup_lr warmup_eps lr_decay_epochs lr_decay_factor "
+                   "early_stop_pgd time_scale val mean error",
+    (1, math.inf): "epochs batch_size test_batch_size steps n_train eval_every eval_from n stop_after",
+    (1e-6, math.inf): "std",
+    (0, 2**63): "seed",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """Takes no abbreviated flags. A bad command line ends with one line and exit status 2."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+
+    def parse_args(self, *argv):
+        args = super().parse_args(*argv)
+        for (low, high), flags in BOUNDS.items():
+            for flag in flags.split():
+                values = getattr(args, flag, None)
+                if values is not None and not all(low <= v < high for v in np.ravel(values)):  # nor NaN
+                    self.error(f"--{flag.replace('_', '-')} takes numbers from {low:g} to below {high:g}")
+        return args
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n" if RANK == 0 else None)
@@ -414,22 +441,10 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--{flag.replace('_', '-')} has no effect with {condition}")
 
 
-def number(low, high=math.inf, kind=float):
-    """An argparse type: a number, at least low and below high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value < high:
-            below = f" and below {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is not at least {low}{below}")
-        return value
-    parse.__name__ = kind.__name__  # argparse says: invalid int value
-    return parse
-
-
 def fraction(text):
     """An argparse type for eps and alpha: "8/255" or "0.031". It refuses 1 too, which is a typo for 1/255."""
     top, _, bottom = text.partition("/")
-    value = float(top) / (float(bottom or 1) or math.nan)
+    value = float(top) / float(bottom or 1)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f'{text} is not on the [0, 1] scale of the images: write "8/255"')
     return value
@@ -753,8 +768,8 @@ def test_pgd10(model, splits, args, epoch):
     for split, (images, labels) in splits.items():
         with uncompiled(args.compile):
             flags = evaluate(model, images, labels, args.eps, steps, seed=(args.seed, epoch),
-                             batch_size=args.test_batch_size, shard=SHARD)
-        clean, robust = map(percent, sum_over_processes(flags))
+                             batch_size=args.test_batch_size, shard=SHARD)[:2]
+        clean, robust = (percent(sum_over_processes(f)) for f in flags)
         figures |= {f"{split}_clean": clean, f"{split}_pgd10": robust if steps else None}
     return figures
 
@@ -924,6 +939,8 @@ def lock(folder, name=".lock"):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"another process is working in {folder}") from None
+    except OSError:
+        pass  # the file systems of many clusters have no locks
     return file
 
 
