@@ -7,24 +7,22 @@
 
 Accuracies are per cent of the images. PGD-10 counts an image as robust if the last iterate is classified
 right, as the paper's checkpoints were selected. AutoAttack is the `standard` version (Croce & Hein, 2020).
-Its own driver runs an attack over all images before the next one starts, so that a figure exists at the very
-end only. Here a batch of images goes through all attacks, each on the images that withstood those before,
-and after every batch there is a figure. PGD-10 is known for all N images after minutes, and with it how close
-each of them came to being broken. Those that came close are likely to be evaluated early: an image of weight
-w has the key u / w, where u is uniform in [0, 1), and images are evaluated in the order of their keys
-(priority sampling: Duffield, Lund & Thorup, 2007; sequential Poisson sampling: Ohlsson, 1998). With t the
-smallest key not done yet, an image would have been chosen by now with probability p = min(1, w t), and
+Its own driver runs an attack over all images before the next one starts, so a figure exists at the very end
+only. Here a batch of images goes through all attacks, and after every batch there is a figure. The images
+that PGD-10 nearly broke, or nearly did not, tend to come first: an image of weight w has the key u / w, with
+u uniform in [0, 1), and images come in the order of their keys (priority sampling: Duffield et al., 2007;
+sequential Poisson sampling: Ohlsson, 1998). If t is the smallest key that is not done, an image was chosen
+with probability p = min(1, w t), and
 
     AA       =  PGD-10 of all N images  -  1/N   sum over the images done of (PGD-10 - AA) / p
     error^2  =                             1/N^2 sum over the images done of (PGD-10 - AA)^2 (1 - p) / p^2
 
-where PGD-10 and AA are 1 or 0 per image. The estimate is unbiased over seeds for any weights, however the
-images are ordered, and after the last image it is AutoAttack's figure. The error is at least that of one
-difference not seen yet.
+where PGD-10 and AA are 1 or 0 per image. The estimate is unbiased over seeds, whatever the weights and the
+order of the test set, and after the last image it is AutoAttack's figure.
 
-result.npz says which images are done and which withstood what; it is also the state of an evaluation in
-progress: the same command goes on where it was stopped. `torchrun --nproc_per_node=N -- eval_aa.py ...` deals
-the batches out to N processes, with the same figures.
+result.npz says which images are done and which withstood what. It is also the state of an evaluation: the
+same command goes on where it was stopped. `torchrun --nproc_per_node=N -- eval_aa.py ...` deals the batches
+out to N processes, with the same figures.
 """
 
 import argparse
@@ -50,8 +48,8 @@ ATTACKS = (*STANDARD, "apgd-dlr", "fab")
 IDENTITY = ("weights_sha256", "data_sha256", "model", "activation", "normalize", "n", "eps", "attacks",
             "seed", "precision", "batch_size")
 MISFIT = 0.2  # of batch norm's statistics: above it something is wrong; results/README.md has the figures
-NORMALISATIONS = {"--no-normalize": None, "CIFAR-10's constants": models.CIFAR_NORMALIZE,
-                  "deviations of 0.20": (models.CIFAR_NORMALIZE[0], (0.2023, 0.1994, 0.2010)),
+NORMALISATIONS = {"--no-normalize": None, "our own default": models.CIFAR_NORMALIZE,
+                  "--std 0.2023 0.1994 0.2010": (models.CIFAR_NORMALIZE[0], (0.2023, 0.1994, 0.2010)),
                   "ImageNet's constants": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 
 
@@ -76,10 +74,9 @@ def parse_args(argv=None):
     g.add_argument("--activation", choices=models.ACTIVATIONS, metavar="NAME",
                    help=f"{', '.join(models.ACTIVATIONS)}; default: relu")
     g.add_argument("--no-normalize", action="store_true", help="it takes images in [0, 1] as they are")
-    g.add_argument("--mean", type=float, nargs=3, metavar="M",
-                   help="channel means that normalise its input; default: PGD-AT's, of CIFAR-10")
-    g.add_argument("--std", type=float, nargs=3, metavar="S",
-                   help="channel standard deviations, likewise; default: PGD-AT's, of CIFAR-10")
+    g.add_argument("--mean", type=float, nargs=3, metavar="M", help="channel means that normalise its input, "
+                   "with --std the deviations; default: those of CIFAR-10, as in PGD-AT")
+    g.add_argument("--std", type=float, nargs=3, metavar="S", help="see --mean")
 
     g = p.add_argument_group("attacks")
     g.add_argument("--eps", type=utils.fraction,
@@ -88,20 +85,18 @@ def parse_args(argv=None):
                    help=f"standard (AutoAttack), none, or a list out of {','.join(ATTACKS)}, which is no AA")
     g.add_argument("--error", type=float, default=0.0, metavar="E",
                    help="stop when the standard error of the last attack's figure, over seeds, is at most E "
-                        "points; the figure is slightly optimistic then, by 0.05 to 0.3 points in simulations")
+                        "points; such a figure is 0.05 to 0.3 points too high in simulations")
     g.add_argument("--stop-after", type=int, metavar="N",
                    help="stop after the batch with the N-th image; the command without this flag continues")
 
     g = p.add_argument_group("run")
-    g.add_argument("--dataset",
-                   help="cifar10, cifar100 or the path of an .npz; default: the run's, or cifar10")
-    g.add_argument("--data-dir",
-                   help="folder of cifar10.npz, which is fetched on first use; default: the run's, or data")
+    g.add_argument("--dataset", help="cifar10, cifar100 or the path of an .npz; default: the run's, or cifar10")
+    g.add_argument("--data-dir", help="folder of cifar10.npz; default: the run's, or data")
     g.add_argument("--n", type=int, help="evaluate the first N test images alone")
     g.add_argument("--seed", type=int, default=0, help="seed of the attacks and of the order of the images")
     g.add_argument("--batch-size", type=int,
-                   help="images per batch, of which later attacks see most at first and about half in the "
-                        "end; default: 500 on CUDA, 250 elsewhere")
+                   help="images per batch, of which later attacks see more than half at first; default: 500 "
+                        "on CUDA, 250 elsewhere")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     g.add_argument("--precision", choices=("fp32", "tf32"),
                    help="fp32: strict; tf32: torch's own float32; default: tf32 on CUDA, fp32 elsewhere")
@@ -124,68 +119,61 @@ def load_model(path, model=None, activation=None, no_normalize=False, mean=None,
     cannot be read safely, or does not fit the flags.
     """
     path, loaded = Path(path), utils.load_checkpoint(path)
-    about = {"checkpoint": path.name, "epoch": None, "normalize": models.CIFAR_NORMALIZE}
-    if isinstance(loaded, dict) and "data_sha256" in loaded:
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path} holds no state dict")
+    if "data_sha256" in loaded:
         if model or activation or no_normalize or mean:
             raise InputError("--model, --activation, --no-normalize, --mean and --std have no effect: "
                              f"{path} says what it is itself")
         state, trained = loaded["state_dict"], loaded["args"] | {"data_sha256": loaded["data_sha256"]}
-        about |= {k: trained[k] for k in ("model", "activation")}
-        about |= {k: loaded[k] for k in ("epoch", "normalize", "num_classes")}
+        about = {k: trained[k] for k in ("model", "activation")}
+        about |= {k: loaded[k] for k in ("normalize", "num_classes", "epoch")}
+    elif model is None:
+        raise InputError(f"{path} does not name its architecture: give --model (and --no-normalize if it takes "
+                         "plain images)")
     else:
-        if model is None:
-            raise InputError(f"{path} does not name its architecture: give --model (and --no-normalize if it "
-                             "takes plain images)")
         names = list(shapes(model))
-        state, trained = under_our_names(state_dict_in(loaded, path), names, path), {}
-        about |= {"model": model, "activation": activation or "relu", "misfit": None,
-                  "num_classes": len(state.get(names[-1], range(10)))}  # the last layer's biases
-        if no_normalize or mean:
-            about["normalize"] = (mean, std) if mean else None
-    own = shapes(about["model"], about["num_classes"])
-    if not fits(state, own):
-        alike = [m for m in models.MODELS if fits(state, shapes(m, about["num_classes"]))]
-        raise InputError(f"{path} is of another architecture than {about['model']}: "
-                         + (f"it fits --model {alike[0]}" if alike else "it fits none of ours"))
+        state, trained = weights_in(loaded, names, path), {}
+        about = {"model": model, "activation": activation or "relu",
+                 "normalize": None if no_normalize else (mean, std) if mean else models.CIFAR_NORMALIZE,
+                 "num_classes": len(state.get(names[-1], range(10))),  # the last layer's biases
+                 "epoch": None, "misfit": None}
+    found = {k: v.shape for k, v in state.items() if not k.endswith("num_batches_tracked")}
+
+    def fits(model):  # but for the counters, which old checkpoints lack
+        own = shapes(model, about["num_classes"])
+        return found == {k: v for k, v in own.items() if not k.endswith("num_batches_tracked")}
+
+    if not fits(about["model"]):
+        alike = [f"it fits --model {name}" for name in models.MODELS if fits(name)]
+        raise InputError(f"{path} is not of a {about['model']}: {(alike or ['it fits none of ours'])[0]}")
     network = models.build(*(about[k] for k in ("model", "num_classes", "activation", "normalize")))
-    network.load_state_dict(state, strict=False)  # old checkpoints lack num_batches_tracked
-    return network.eval().requires_grad_(False), about, trained
+    network.load_state_dict(state, strict=False)
+    return network.eval().requires_grad_(False), about | {"checkpoint": path.name}, trained
 
 
 def shapes(model, num_classes=10):
-    """{name: shape} of the state dict of one of our architectures, made without memory for the weights."""
+    """{name: shape} in the state dict of one of our architectures, made without memory for the weights."""
     with torch.device("meta"):
         return {k: v.shape for k, v in models.build(model, num_classes).state_dict().items()}
 
 
-def fits(state, own):
-    """Whether names and shapes of a state dict are an architecture's own."""
-    found = {k: v.shape for k, v in state.items()}
-    return own == {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | found
+def weights_in(loaded, names, path):
+    """The state dict in a file, which is the file itself or one of its values, by our names.
 
-
-def state_dict_in(loaded, path):
-    """The dict of tensors in a file: the file itself, or one of its values. (An optimiser's lie deeper.)"""
-    values = [loaded, *(loaded.values() if isinstance(loaded, dict) else ())]
-    found = [v for v in values if isinstance(v, dict) and v
+    Left out are the prefix that all names share, such as `module.` (DataParallel), and what no layer holds:
+    the buffers of a normalisation, counters, and TRADES' sub_block1, which no forward pass uses.
+    """
+    found = [v for v in (loaded, *loaded.values()) if isinstance(v, dict) and v
              and all(isinstance(tensor, torch.Tensor) for tensor in v.values())]
     if len(found) != 1:
         raise InputError(f"{path} holds {len(found) or 'no'} state dicts: save one in a file of its own")
-    return found[0]
-
-
-def under_our_names(state, names, path):
-    """The state dict without the prefix that the names have in the file, such as `module.` (DataParallel),
-    and without what no layer holds: the buffers of a normalisation, counters, and the sub_block1 of
-    WideResNets from TRADES, which no forward pass uses."""
-    first = min((k for k in state if k.endswith(names[0])), key=len, default=names[0])
-    state = {k.removeprefix(first.removesuffix(names[0])): v for k, v in state.items()}
-    state = {k: v for k, v in state.items() if not k.startswith("sub_block1.")}
+    prefix = min((k for k in found[0] if k.endswith(names[0])), key=len, default="").removesuffix(names[0])
+    state = {k.removeprefix(prefix): v for k, v in found[0].items()}
     of_layers = (".weight", ".bias", ".running_mean", ".running_var", ".num_batches_tracked")
-    others = [k for k in state if not k.endswith(of_layers)]
-    if others:
+    if others := [k for k in state if not k.endswith(of_layers)]:
         print(f"note: {path}: ignored, since no layer holds it: {', '.join(others)}")
-    return {k: v for k, v in state.items() if k not in others}
+    return {k: v for k, v in state.items() if k not in others and not k.startswith("sub_block1.")}
 
 
 @torch.no_grad()
@@ -193,8 +181,8 @@ def misfit(model, images):
     """How far batch norm's running statistics are from what the network computes on images (N, 32, 32, 3)
     uint8: about 0.1 in the function that was trained, more with another activation or normalisation.
 
-    The mean, over batches and over layers that have seen one, of the median over channels of
-    |log((v + eps) / (running v + eps))|, where v is the variance in the batch. None without such a layer.
+    The mean, over layers that have seen a batch, of the median over channels of |log((v + eps) / (running v +
+    eps))|, where v is the variance over the images. None without such a layer.
     """
     logs = []
 
@@ -204,82 +192,75 @@ def misfit(model, images):
 
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     hooks = [m.register_forward_pre_hook(compare) for m in norms if (m.running_var != 1).any()]
-    for x in to_float(images).split(250):
-        model(x)
+    model(to_float(images).contiguous())
     for hook in hooks:
         hook.remove()
     return round(sum(logs) / len(logs), 3) if logs else None
 
 
 def warn_of_misfit(model, images, value):
-    """Warn that the misfit is high, and name the normalisation under which it is lowest."""
-    given, tried = model.normalize, {}
-    for flags, constants in NORMALISATIONS.items():
+    """Warn that the misfit is high, and name the normalisation that fits better, if one does."""
+    given, tried = getattr(model, "normalize", None), {}
+    for name, constants in NORMALISATIONS.items():
         model.normalize = models.Normalize(*constants).to(images.device) if constants else torch.nn.Identity()
-        tried[flags] = misfit(model, images)
+        tried[name] = misfit(model, images)
     model.normalize, best = given, min(tried, key=tried.get)
     print("warning: are model, activation and normalisation those of its training? Batch norm's statistics "
-          f"do not fit: misfit {value:.2f}, expected below {MISFIT}"
-          + (f"; with {best} it is {tried[best]:.2f}" if tried[best] < 0.8 * value else ""))
+          f"do not fit: misfit {value:.2f}, expected below {MISFIT}; with {best} it is {tried[best]:.2f}")
 
 
-# ---- The estimate ------------------------------------------------------------------------------------------
+# ---- The result --------------------------------------------------------------------------------------------
 
 
 def priority(pgd10, margin, seed):
-    """(weight, key) of each image, (N,) float64 each: images are evaluated in the order of their keys.
+    """(weight, key) of each image, (N,) float64 each, from which withstand PGD-10 and their margins after it.
 
-    pgd10 (N,) bool: which withstand PGD-10; margin (N,): the label's logit less the largest other one after
-    PGD-10. What AutoAttack breaks beyond PGD-10 has a margin close to 0, so the weight falls with the rank of
-    that closeness, among the images that withstand and among those that do not. A few of the latter may
-    withstand a single other attack. The weights decide how precise the estimate is, not whether it is right.
+    AutoAttack breaks what came close to being broken, so the weight falls with the rank in [0, 1) of how close
+    the margin is to 0, among the images that withstand PGD-10 and among those that do not: a few of these may
+    withstand a single other attack. Weights decide how precise the estimate is, not what it estimates.
     """
     weight = np.empty(len(pgd10))
     for group, scale, least in ((pgd10, 1, 0), (~pgd10, 0.3, 0.2)):
-        rank = abs(margin[group]).argsort(kind="stable").argsort() / max(1, group.sum())  # in [0, 1)
+        rank = abs(margin[group]).argsort(kind="stable").argsort() / max(1, group.sum())
         weight[group] = np.maximum(least, scale / (0.05 + rank))
     uniform = torch.rand(len(pgd10), dtype=torch.float64, generator=seeded("cpu", seed, "order")).numpy()
     return weight, uniform / weight
 
 
 def estimate(pgd10, robust, done, weight, key):
-    """(accuracy, its standard error over seeds), in per cent, by the formula at the top. All are (N,); robust
-    is known of the images that are done, which are those with the smallest keys."""
+    """(accuracy, its standard error over seeds), in per cent, by the formula at the top; (N,) arrays. robust
+    is known where done. The error is at least that of one difference not seen yet, of a likely image."""
     if done.all():
         return percent(torch.from_numpy(robust)), 0.0
-    difference, threshold = pgd10[done].astype(float) - robust[done], key[~done].min()
-    p = np.minimum(1, weight[done] * threshold)  # with which an image would have been chosen by now
-    unseen = min(np.median(weight[pgd10]) if pgd10.any() else np.inf, weight[~done].max())
-    q = unseen * threshold  # below 1, since the heaviest image to come has not been chosen
-    variance = max((difference**2 * (1 - p) / p**2).sum(), (1 - q) / q**2)
+    t, difference = key[~done].min(), pgd10[done].astype(float) - robust[done]
+    p = np.minimum(1, weight[done] * t)
+    unseen = t * min(np.median(weight[pgd10]) if pgd10.any() else np.inf, weight[~done].max())  # below 1
+    variance = max((difference**2 * (1 - p) / p**2).sum(), (1 - unseen) / unseen**2)
     scale = 100 / len(done)
     return round(scale * (pgd10.sum() - (difference / p).sum()), 2), round(scale * math.sqrt(variance), 2)
 
 
-# ---- The result --------------------------------------------------------------------------------------------
-
-
 def describe(model, images, labels, eps, path, attacks):
-    """What tells an evaluation from another one of the same flags. Raises InputError if it cannot be made."""
+    """What tells an evaluation from another one. The logits of two images belong to it: a function is more
+    than its weights. Raises InputError if an argument is not as autoattack's docstring says."""
+    needed = {"images (N, H, W, 3) torch.uint8": images.dtype == torch.uint8 and images.shape[3:] == (3,),
+              "labels (N,) torch.int64": labels.dtype == torch.int64 and labels.shape == images.shape[:1],
+              "an eps below 1, such as 8 / 255": 0 <= eps < 1,
+              "a path that ends in .json": path.suffix == ".json",
+              f"attacks out of {','.join(ATTACKS)}": set(attacks) <= set(ATTACKS)}
+    if missing := [what for what, given in needed.items() if not given]:
+        raise InputError(f"autoattack takes {' and '.join(missing)}")
+    x = to_float(images[:2]).contiguous()
     with torch.no_grad():
-        x = to_float(images[:2]).contiguous()
-        logits, alone = model(x), torch.cat([model(x[i : i + 1]) for i in range(len(x))])
-    logits, alone = logits.float().nan_to_num().cpu(), alone.float().nan_to_num().cpu()
-    for wrong, message in (
-            (not 0 <= eps < 1, f"eps {eps} is not on the [0, 1] scale of the images: give 8 / 255"),
-            (path.suffix != ".json", f"{path} does not end in .json"),
-            (images.dtype != torch.uint8 or images.shape[1:] != (*images.shape[1:3], 3),
-             f"images are {images.dtype} {tuple(images.shape)}, not torch.uint8 (N, H, W, 3)"),
-            (labels.shape != images.shape[:1] or labels.dtype != torch.int64
-             or not 0 <= labels.min() <= labels.max() < logits.shape[1],
-             f"labels are not torch.int64 ({len(images)},) from 0 to {logits.shape[1] - 1}"),
-            (not set(attacks) <= set(ATTACKS), f"attacks {attacks}: there is {', '.join(ATTACKS)}"),
-            ((logits - alone).abs().max() > 1e-2 * logits.abs().max(),
-             "the model's logits are random, or depend on the other images of the batch: no figure holds")):
-        if wrong:
-            raise InputError(message)
-    weights = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
-    return {"weights_sha256": sha256_of(weights), "logits": logits.tolist(), "num_classes": logits.shape[1],
+        together, alone = (torch.cat([model(part) for part in x.split(size)]).float().nan_to_num().cpu()
+                           for size in (2, 1))
+    classes = together.shape[1]
+    if not 0 <= labels.min() <= labels.max() < classes:
+        raise InputError(f"labels are from {labels.min()} to {labels.max()}, but there are {classes} logits")
+    if (together - alone).abs().max() > 0.01 * together.abs().max():
+        raise InputError("the model's logits are random, or depend on the other images of the batch")
+    tensors = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    return {"weights_sha256": sha256_of(tensors), "logits": together.tolist(), "num_classes": classes,
             "data_sha256": sha256_of({"images": images, "labels": labels}), "n": len(labels), "eps": eps,
             "attacks": attacks}
 
@@ -335,11 +316,8 @@ def report(path, result, arrays, left=""):
 
 def sha256_of(tensors):
     """SHA-256 of a dict's tensors and their names."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        digest.update(key.encode())
-        digest.update(tensors[key].cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    values = {k: v.cpu().contiguous().flatten().view(torch.uint8).numpy() for k, v in tensors.items()}
+    return hashlib.sha256(b"".join(k.encode() + values[k].tobytes() for k in sorted(values))).hexdigest()
 
 
 # ---- Attacks -----------------------------------------------------------------------------------------------
@@ -379,15 +357,14 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
                error=0.0, about=None):
     """Clean, PGD-10 and AutoAttack accuracy of any module from x (B, 3, H, W) in [0, 1] to logits (B, K).
 
-    images (N, H, W, 3) uint8 and labels (N,) int64 on the model's device; eps on the [0, 1] scale; path: the
-    result's .json, which is written after every batch with the .npz beside it, and from which a second call
-    with the same function and data goes on; attacks: names out of ATTACKS; stop_after: end after the batch
-    with that image; error: end when the last attack's standard error is at most so many points; about: what
-    else the result says, where a misfit of None is measured. Returns the result, a dict. Raises InputError if
-    an argument is not as described, if the logits of an image depend on the others of its batch, or if the
-    files are of another evaluation.
+    images (N, H, W, 3) uint8 and labels (N,) int64, on the model's device; eps on the [0, 1] scale; path: the
+    result's .json. It is written after every batch with the .npz beside it, and a second call with the same
+    function and data goes on from there. attacks: out of ATTACKS; stop_after: end after the batch with that
+    image; error: end when the last attack's standard error is at most so many points; about: what else the
+    result says. Returns the result, a dict. Raises InputError if an argument is not as described here, if the
+    logits of an image depend on the others of its batch, or if the files are of another evaluation.
     """
-    path, images, labels, n = Path(path), images.clone(), labels.clone(), len(labels)  # clones can be attacked
+    path, n, images, labels = Path(path), len(labels), images.clone(), labels.clone()  # not of inference mode
     with utils.lock(path.parent, f".{path.stem}.lock"), attack_mode(model, "eval"):
         about = {**describe(model, images, labels, eps, path, attacks), "seed": seed, "batch_size": batch_size,
                  **utils.environment(images.device), **(about or {})}
@@ -440,24 +417,22 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
 def main():
     args = parse_args()
     device = utils.start_device(args)
-    target, name = args.target, "result.json" if args.which == "best" else "result_last.json"
-    if target.is_dir():
-        target = target / f"{args.which}.pt"
+    name = "result.json" if args.which == "best" else "result_last.json"
+    if args.target.is_dir():
+        path, out = args.target / f"{args.which}.pt", args.target / name
     else:
-        name = f"{target.stem}_{name}"
-    out = args.out or target.with_name(name)
+        path, out = args.target, args.target.with_name(f"{args.target.stem}_{name}")
     model, about, trained = load_model(
-        target, args.model, args.activation, args.no_normalize, args.mean, args.std)
+        path, args.model, args.activation, args.no_normalize, args.mean, args.std)
     dataset = args.dataset or trained.get("dataset", "cifar10")
-    eps = trained.get("eps", 8 / 255) if args.eps is None else args.eps
     data = load_dataset(dataset, device, args.data_dir or trained.get("data_dir", "data"))
-    n = args.n or len(data.test_labels)
-    if data.num_classes != about["num_classes"]:
-        raise InputError(f"{target} knows {about['num_classes']} classes, but the data set has "
-                         f"{data.num_classes}")
-    if n > len(data.test_labels):
-        raise InputError(f"--n {n}: there are {len(data.test_labels):,} test images")
-    print(f"{target}: {about['model']}, {n:,} test images, eps {255 * eps:.4g}/255")
+    eps = trained.get("eps", 8 / 255) if args.eps is None else args.eps
+    total = len(data.test_labels)
+    if data.num_classes != about["num_classes"] or (args.n or 1) > total:
+        raise InputError(f"{path} knows {about['num_classes']} classes, and {dataset} has {data.num_classes}, "
+                         f"with {total:,} test images, of which --n takes the first")
+    n = args.n or total
+    print(f"{path}: {about['model']}, {n:,} of {total:,} test images, eps {255 * eps:.4g}/255")
     if trained.get("data_sha256", data.sha256) != data.sha256:
         print(f"note: {dataset} is not what it was trained on, by the SHA-256")
     if dataset not in ("cifar10", "cifar100"):
@@ -465,10 +440,9 @@ def main():
     model.to(device, memory_format=torch.channels_last)
     about |= {"data_sha256": data.sha256, "precision": args.precision}
     size = args.batch_size or (500 if device.type == "cuda" else 250)
-    autoattack(model, data.test_images[:n], data.test_labels[:n], eps, out, args.attacks, args.seed, size,
-               args.stop_after, args.error, about)
-    print(f"written to {out}" + (f", of the first {n:,} of {len(data.test_labels):,} test images"
-                                 if n < len(data.test_labels) else ""))
+    autoattack(model, data.test_images[:n], data.test_labels[:n], eps, args.out or out, args.attacks, args.seed,
+               size, args.stop_after, args.error, about)
+    print(f"written to {args.out or out}")
 
 
 if __name__ == "__main__":

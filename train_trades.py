@@ -41,14 +41,12 @@ def parse_args(argv=None):
     g.add_argument("--activation", choices=models.ACTIVATIONS, default="relu", metavar="NAME",
                    help=f"activation function: {', '.join(models.ACTIVATIONS)}")
     g.add_argument("--dataset", default="cifar10", help="data set: cifar10, cifar100 or the path of an .npz")
-    g.add_argument("--n-train", type=int, metavar="N",
-                   help="take the first N training images; default: all")
+    g.add_argument("--n-train", type=int, metavar="N", help="take the first N training images; default: all")
     g.add_argument("--val", type=int, default=0, metavar="N",
                    help="hold out N training images to choose the best checkpoint by, not by the test set")
 
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=int, default=110,
-                   help="passes over the training images")
+    g.add_argument("--epochs", type=int, default=110, help="passes over the training images")
     g.add_argument("--batch-size", type=int, default=128, help="images per step")
     g.add_argument("--optimizer", choices=utils.OPTIMIZERS, default="sgd", help="one of Table 5's optimisers")
     g.add_argument("--lr", type=float, help="learning rate; default: 0.1, or 1e-4 for adam(w)")
@@ -89,8 +87,7 @@ def parse_args(argv=None):
                    help="epochs before --awp starts; its authors use 0 for PGD-AT and 10 for TRADES")
 
     g = p.add_argument_group("run")
-    g.add_argument("--seed", type=int, default=0,
-                   help="seed of weights, batches and attacks")
+    g.add_argument("--seed", type=int, default=0, help="seed of weights, batches and attacks")
     g.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS",
                    help="test after every EPOCHS epochs, and after the last one")
     g.add_argument("--eval-from", type=int, default=1, metavar="EPOCH",
@@ -170,8 +167,10 @@ def train_step(model, optimizer, attack, x, y, eps, epoch, rng, args):
 
 
 def main():
-    args = parse_args()
-    utils.show_setting(args)           # with --dry-run the script ends here
+    args, defaults = parse_args(), parse_args([])
+    utils.show_setting(args, defaults)
+    if args.dry_run:
+        return
     device = utils.start_device(args)  # fills in args.precision and args.test_batch_size
     data = load_dataset(args.dataset, device, args.data_dir)
     (images, labels), held_out = training_images(data, args.n_train, args.val)
@@ -185,27 +184,28 @@ def main():
                          bf16=args.precision == "bf16")
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, args.optimizer, args.lr, args.wd, args.momentum)
-    utils.share_training(model, optimizer, args, len(labels))  # only if torchrun started several processes
+    utils.share_training(model, optimizer, args, len(labels))  # if torchrun started several processes
     tested = copy.deepcopy(model) if args.ema else model
     attack = partial(training_attack, model, args)
     if args.compile:
-        attack = utils.compile_training(model, attack, args, len(labels))
+        model.compile(dynamic=False)
+        if device.type == "cuda":
+            attack = utils.CapturedAttack(attack, model)
     # What a checkpoint holds. start_or_resume puts the state of last.pt back into these objects.
     saved = {"state_dict": tested, "optimizer": optimizer, "normalize": NORMALIZE,
              "num_classes": data.num_classes, "data_sha256": data.sha256}
     if args.ema:
         saved["model"] = model
-    log = utils.start_or_resume(args, saved, defaults=parse_args([]))  # an entry for each epoch that is done
+    log = utils.start_or_resume(args, saved, defaults)  # an entry for each epoch that is done
     print(f"{args.model}: {args.epochs} epochs of {len(labels):,} images, {steps_per_epoch:,} steps each")
 
-    first = len(log)  # of this process: after some steps a line says when the run will end
-    for epoch in range(first, args.epochs):
+    for epoch in range(len(log), args.epochs):
         began, meter = time.time(), utils.Meter(device)
         data_rng = seeded(device, args.seed, "data", epoch)
         # Random crops and flips; TRADES pads with zeros. SHARD: the part of one of several processes.
-        stream = batches(images, labels, args.batch_size, data_rng, padding="zero", shard=utils.SHARD)
+        stream = batches(images, labels, args.batch_size, data_rng, padding="constant", shard=utils.SHARD)
         model.train()
-        for step, (x, y) in enumerate(utils.steps(stream, args, epoch, steps_per_epoch, epoch == first)):
+        for step, (x, y) in enumerate(utils.progress(stream, f"epoch {epoch + 1}", steps_per_epoch)):
             t = epoch + step / steps_per_epoch
             lr = warmup(t, args.warmup_lr) * lr_at(t, args.lr, args.lr_schedule, args.epochs,
                                                    args.lr_decay_epochs, args.lr_decay_factor)
@@ -214,7 +214,7 @@ def main():
                 group["lr"] = lr
             rng = seeded(device, args.seed, "attack", epoch, step, utils.RANK)
             # The last batch may be smaller: compiling for its size would take longer than it saves.
-            with utils.uncompiled(args.compile and len(y) < args.batch_size // utils.WORLD):
+            with utils.uncompiled(args.compile and len(y) < args.batch_size):
                 loss, adv_logits, clean_logits = train_step(
                     model, optimizer, attack, x, y, eps, epoch, rng, args)
             meter.add(loss, y, adv_logits, clean_logits)
@@ -223,12 +223,12 @@ def main():
 
         # Tested by PGD-10, if --eval-from and --eval-every say so. The best epoch is that of the highest
         # PGD-10 accuracy on the test set, as in the paper, or with --val on the held-out images.
-        log.append({"epoch": epoch + 1, "lr": lr, "eps": eps, **meter.read(),
-                    **utils.test_pgd10(tested, splits, args, epoch),
+        figures = meter.read() | utils.test_pgd10(tested, splits, args, epoch + 1)
+        log.append({"epoch": epoch + 1, "lr": lr, "eps": eps, **figures,
                     "seconds": round(time.time() - began, 2)})
         utils.save(args, saved, log)
         utils.show_epoch(args, log)
-    utils.show_end(args, log)
+    print(f"the best epoch is {utils.best(log)['epoch']}; evaluate it with: python eval_aa.py {args.out}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ run can be resumed at any epoch, and a trick that draws random numbers does not 
 import argparse
 import contextlib
 import datetime
+import errno
 import fcntl
 import hashlib
 import io
@@ -22,7 +23,6 @@ import platform
 import re
 import subprocess
 import sys
-import zipfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -54,63 +54,42 @@ class Dataset(NamedTuple):
     sha256: str  # of the pixels and labels, whatever the file's compression
 
 
-CIFAR10_SHA256 = "6b3883dca6c867f1e58def548c063d1865569b8575fcbce06b3e468a89f9895a"
-
-
 def load_dataset(name, device="cpu", data_dir="data"):
     """The Dataset called "cifar10" or "cifar100", or that of an .npz file, on the device.
 
     The file holds train_images (N, 32, 32, 3) uint8, train_labels (N,) integers from 0 without a gap,
     test_images and test_labels. A named data set is data_dir/NAME.npz, which data/prepare.py fetches on first
-    use. Raises InputError if the data are missing or have another form.
+    use.
     """
     path = Path(name)
     if name in ("cifar10", "cifar100"):
-        path = Path(data_dir, f"{name}.npz")
-        if not path.exists():
-            prepare = HERE / "data" / "prepare.py"
-            command = [sys.executable, prepare, name, "--data-dir", data_dir]
-            if not prepare.exists():
-                raise InputError(f"there is no {path}; --dataset takes the path of any .npz too")
-            if subprocess.run(command).returncode:
-                raise InputError(f"there is no {path}, and {prepare} could not fetch it")
-    elif path.suffix != ".npz":
-        raise InputError(f"unknown data set {name!r}: there is cifar10, cifar100, or the path of an .npz")
-    try:
-        with np.load(path, allow_pickle=False) as npz:
-            arrays = {k: npz[k] for k in Dataset._fields[:4]}
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path}") from None
-    except Exception as e:  # a damaged file can raise nearly anything
-        raise InputError(f"{path} cannot be read as a data set: {e}") from None
+        path, prepare = Path(data_dir, f"{name}.npz"), HERE / "data" / "prepare.py"
+        fetch = [sys.executable, prepare, name, "--data-dir", data_dir]
+        if not path.exists() and subprocess.run(fetch).returncode:
+            raise InputError(f"there is no {path}, and {prepare} could not fetch it")
+    with np.load(path, allow_pickle=False) as npz:
+        arrays = {k: npz[k] for k in Dataset._fields[:4]}
+    num_classes = 1 + int(max(arrays["train_labels"].max(), arrays["test_labels"].max()))
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or not len(images):
-            raise InputError(f"{path}: {split}_images is {images.dtype} {images.shape}, "
-                             "not uint8 (N, 32, 32, 3) with N > 0")
-        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not 0 <= labels.min():
-            raise InputError(f"{path}: {split}_labels is not ({len(images)},) integers from 0")
+        n = len(labels)
+        if (images.dtype, images.shape, labels.shape) != (np.uint8, (n, 32, 32, 3), (n,)):
+            raise InputError(f"{path}: {split}_images is {images.dtype} {images.shape} and {split}_labels "
+                             f"{labels.shape}, not uint8 (N, 32, 32, 3) and (N,)")
         arrays[f"{split}_labels"] = labels.astype(np.int64)
+    if not np.array_equal(np.unique(arrays["train_labels"]), np.arange(num_classes)):
+        raise InputError(f"{path}: train_labels has not every class from 0 to {num_classes - 1}")
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(a) for a in arrays.values())).hexdigest()
-    if name == "cifar10" and digest != CIFAR10_SHA256:
-        raise InputError(f"{path} is not CIFAR-10 (SHA-256 {digest[:8]}...)")
-    num_classes = 1 + max(int(arrays[k].max()) for k in ("train_labels", "test_labels"))
-    found = np.unique(arrays["train_labels"])
-    if len(found) != num_classes:
-        parts = np.split(found, np.flatnonzero(np.diff(found) > 1) + 1)
-        text = ", ".join(f"{p[0]} to {p[-1]}" if len(p) > 1 else f"{p[0]}" for p in parts)
-        raise InputError(f"{path}: train_labels has {text}, not every class from 0 to {num_classes - 1}")
     return Dataset(*(torch.from_numpy(a).to(device) for a in arrays.values()), num_classes, digest)
 
 
 def training_images(data, n=None, n_val=0):
     """[(images, labels) to train on, (images, labels) held out]: the first n training images, or all of them,
     less n_val. Which ones are held out depends on n alone, not on the run's seed."""
-    n = n or len(data.train_labels)
-    if n > len(data.train_labels):
-        raise InputError(f"--n-train {n}: there are {len(data.train_labels):,} training images")
-    if n_val >= n:
-        raise InputError(f"--val {n_val} leaves nothing to train on of {n:,} images")
+    total = len(data.train_labels)
+    n = n or total
+    if not n_val < n <= total:
+        raise InputError(f"--n-train {n} with --val {n_val}: there are {total:,} training images")
     order = torch.from_numpy(np.random.RandomState(0).permutation(n)).to(data.train_labels.device)
     parts = order[n_val:].sort().values, order[:n_val]
     return [(data.train_images[part], data.train_labels[part]) for part in parts]
@@ -121,22 +100,18 @@ def to_float(images):
     return images.permute(0, 3, 1, 2).float().div_(255)
 
 
-def crop_flip(images, top, left, flip, padding):
+def crop_flip(x, top, left, flip, padding):
     """Random crops of the images padded by 4, each with its own offset and mirrored if flip says so.
 
-    images (B, 32, 32, 3) uint8; top, left (B,) int64 in 0..8: the crop's corner in the padded image; flip
-    (B,) bool; padding: "reflect" (PGD-AT) or "zero" (TRADES). Returns the same shape and type.
+    x (B, 3, 32, 32); top, left (B,) int64 in 0..8: the crop's corner in the padded image; flip (B,) bool;
+    padding: "reflect" (PGD-AT) or "constant", with zeros (TRADES). Returns the same shape, channels-last.
     """
-    size = images.shape[1]
-    i = torch.arange(size, device=images.device)
-    rows = top[:, None] + i - 4                                              # (B, 32) in -4..35
-    cols = left[:, None] + torch.where(flip[:, None], size - 1 - i, i) - 4   # (B, 32)
-    inside = ((rows >= 0) & (rows < size))[:, :, None] & ((cols >= 0) & (cols < size))[:, None, :]
-    rows = (size - 1) - ((size - 1) - rows.abs()).abs()                      # fold -1 -> 1 and 32 -> 30
-    cols = (size - 1) - ((size - 1) - cols.abs()).abs()
-    b = torch.arange(len(images), device=images.device)
-    out = images[b[:, None, None], rows[:, :, None], cols[:, None, :]]       # (B, 32, 32, 3)
-    return out * inside[..., None] if padding == "zero" else out
+    i = torch.arange(32, device=x.device)
+    rows = top[:, None] + i                                         # (B, 32) in 0..39
+    cols = left[:, None] + torch.where(flip[:, None], 31 - i, i)
+    b = torch.arange(len(x), device=x.device)[:, None, None]
+    padded = F.pad(x, (4, 4, 4, 4), padding)                        # (B, 3, 40, 40)
+    return padded[b, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
 def batches(images, labels, batch_size, rng, padding, shard=slice(None)):
@@ -152,7 +127,7 @@ def batches(images, labels, batch_size, rng, padding, shard=slice(None)):
     flip = torch.randint(2, (n,), generator=rng, device=device).bool()
     for i in range(0, n, batch_size):
         index, (top, left), flipped = (t[..., i : i + batch_size][..., shard] for t in (order, offset, flip))
-        yield to_float(crop_flip(images[index], top, left, flipped, padding)), labels[index]
+        yield crop_flip(to_float(images[index]), top, left, flipped, padding), labels[index]
 
 
 def seeded(device, *key):
@@ -234,7 +209,7 @@ def evaluate(model, images, labels, eps, steps=10, alpha=2 / 255, seed=0, batch_
     noise.uniform_(-eps, eps, generator=seeded(device, seed, "evaluation", 0))
     parts = torch.arange(n, device=device)[shard].split(batch_size)
     with attack_mode(model, "eval"):
-        for index in tqdm(parts, f"PGD-{steps}", leave=False, disable=shard.start or None):
+        for index in progress(parts, f"PGD-{steps}"):
             x, y = to_float(images[index]).contiguous(), labels[index]  # anyone's module may call .view
             with torch.no_grad():
                 logits = model(x)
@@ -293,9 +268,8 @@ def lr_at(t, lr, schedule="piecewise", epochs=110, decay_epochs=(100, 105), deca
     in the first half of the epochs and back to 0 in the second (Wong et al., 2020).
     """
     if schedule == "piecewise":
-        decays = sum(t >= e for e in decay_epochs)
-        several = isinstance(decay_factor, (list, tuple))
-        return lr * (math.prod(decay_factor[:decays]) if several else decay_factor**decays)
+        factors = np.broadcast_to(decay_factor, len(decay_epochs)).tolist()
+        return lr * math.prod(factor for epoch, factor in zip(decay_epochs, factors) if t >= epoch)
     if schedule == "cosine":
         return lr * 0.5 * (1 + math.cos(math.pi * t / epochs))
     if schedule == "onecycle":
@@ -392,6 +366,9 @@ SHARD = slice(RANK, None, WORLD)
 progress = partial(tqdm, leave=False, disable=True if RANK else None)  # a bar if stderr is a terminal
 
 
+# The command line
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the line breaks of the description, and shows each flag's default but None and False."""
 
@@ -427,7 +404,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n" if RANK == 0 else None)
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def changed(self, args):
         """{flag: value} of what differs from a command line without flags."""
@@ -456,101 +433,78 @@ NOT_A_SETTING = ("test_batch_size", "out", "resume", "data_dir", "device", "time
 
 def settle(parser, args, prefix):
     """What both training scripts do with their flags: refuse those that would have no effect, apply
-    --time-scale, and choose the values that are None."""
+    --time-scale, and choose --lr and --out if they are not given."""
     adam = args.optimizer in ("adam", "adamw")
     if adam:
         parser.refuse(args, f"--optimizer {args.optimizer}", "momentum")
-    if args.optimizer == "nesterov" and args.momentum == 0:
-        parser.error("--optimizer nesterov needs a --momentum above 0")
     if args.awp == 0:
         parser.refuse(args, "--awp 0", "awp_warmup")
     if args.lr_schedule != "piecewise":
         parser.refuse(args, f"--lr-schedule {args.lr_schedule}", "lr_decay_epochs", "lr_decay_factor")
-    if sorted(set(args.lr_decay_epochs)) != args.lr_decay_epochs:
-        parser.error("--lr-decay-epochs takes epochs that rise, in the order of their factors")
-    if isinstance(args.lr_decay_factor, list):
-        if len(args.lr_decay_factor) not in (1, len(args.lr_decay_epochs)):
-            parser.error("--lr-decay-factor takes one factor, or one for each of --lr-decay-epochs")
-        if len(args.lr_decay_factor) == 1:
-            args.lr_decay_factor, = args.lr_decay_factor
-    for flag in ("epochs", "lr_decay_epochs", "warmup_lr", "warmup_eps", "early_stop_pgd", "awp_warmup"):
-        before = getattr(args, flag, None)
-        if args.time_scale == 1 or before is None:
-            continue
-        epochs = before if isinstance(before, list) else [before]
-        scaled = [int(v * args.time_scale + 0.5) for v in epochs]
-        if any(v and not w for v, w in zip(epochs, scaled)):
-            parser.error(f"--time-scale {args.time_scale:g} leaves no epoch of --{flag.replace('_', '-')}")
-        setattr(args, flag, scaled if isinstance(before, list) else scaled[0])
-    if args.out is None:  # named after what differs from the defaults: runs/pgdat-bn-mode-eval-ls0.1
+    if np.size(args.lr_decay_factor) not in (1, len(args.lr_decay_epochs)):
+        parser.error("--lr-decay-factor takes one factor, or one for each of --lr-decay-epochs")
+
+    def scaled(epochs):
+        if isinstance(epochs, list):
+            return [scaled(e) for e in epochs]
+        rounded = int(epochs * args.time_scale + 0.5)
+        if epochs and not rounded:
+            parser.error(f"--time-scale {args.time_scale:g} leaves nothing of {epochs:g} epochs")
+        return rounded
+
+    if args.time_scale != 1:
+        for flag in ("epochs", "lr_decay_epochs", "warmup_lr", "warmup_eps", "early_stop_pgd", "awp_warmup"):
+            if epochs := getattr(args, flag, None):
+                setattr(args, flag, scaled(epochs))
+    for flag in ("lr_decay_epochs", "early_stop_pgd"):
+        epochs = getattr(args, flag, None) or []
+        if epochs != sorted(set(epochs)):
+            parser.error(f"--{flag.replace('_', '-')} takes epochs that rise, not {epochs}")
+
+    if args.out is None:  # named after what differs from the defaults: runs/pgdat-ls0.1-bn-mode-eval
         changed = {k: v for k, v in parser.changed(args).items() if k not in NOT_A_SETTING}
         words = [f"{k}-{v}" if isinstance(v, str) else f"{k}{v}" for k, v in changed.items()]
-        name = re.sub(r"[^\w.]+|_", "-", "-".join([prefix, *words])).strip("-")
-        if len(name) > 200:  # no file system takes more than 255 bytes
-            name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-        args.out = f"runs/{name}"
+        args.out = "runs/" + re.sub(r"[^\w.]+|_", "-", "-".join([prefix, *words])).strip("-")
     if args.lr is None:
         args.lr = 1e-4 if adam else 0.1
     return args
 
 
-def show_setting(args):
-    """Print every flag. With --dry-run the script ends here."""
-    for key, value in vars(args).items():
-        print(f"  --{key.replace('_', '-'):17} {value}")
+def show_setting(args, defaults):
+    """Print the flags that differ from the defaults. args.json has all of them."""
+    print("setting:", ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(args).items()
+                                if v != getattr(defaults, k)) or "the defaults")
     late = [e for e in args.lr_decay_epochs if e >= args.epochs]
     if args.lr_schedule == "piecewise" and late:
         print(f"warning: the run ends, after {args.epochs} epochs, before the learning rate decays at {late}")
-    if args.dry_run:
-        sys.exit(0)
 
 
 def run_script(main):
-    """Run main(). A mistake of the user ends in one line on stderr and exit status 2, Ctrl-C in 130."""
-    status, line = 0, ""
-    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+    """Run main(). What the user has to mend ends in one line on stderr and exit status 2, a training that
+    diverges in 1, Ctrl-C in 130."""
+    def stop(status, line):
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        sys.exit(status)
+
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows every line at once
     try:
         main()
         if dist.is_initialized():
             sum_over_processes(torch.zeros(1))  # no process ends while another one needs it
             dist.destroy_process_group()
     except (InputError, OSError) as e:
-        status, line = 2, f"error: {e}".splitlines()[0]
+        stop(2, f"error: {e}")
     except FloatingPointError as e:
-        status, line = 1, f"stopped: {e}; last.pt, if there is one, is of the epoch before"
+        stop(1, f"stopped: {e}; the last checkpoint, if there is one, is of an earlier epoch")
     except KeyboardInterrupt:
-        status, line = 130, "interrupted: to continue, add --resume; an evaluation needs no flag"
+        stop(130, "interrupted: to continue, add --resume; an evaluation needs no flag")
     finally:
         LOCKS.clear()
-    if line:  # every process prints its own
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    sys.exit(status)
 
 
-def say(text):
-    """Print a line above the progress bar, if there is one. Only the first process prints."""
-    if RANK == 0:
-        with tqdm.external_write_mode():
-            print(text, flush=True)
-
-
-def steps(stream, args, epoch, steps_per_epoch, estimate):
-    """The batches of an epoch (from 0). With estimate a line says what a step takes and when the run ends,
-    after ten steps and half a minute. The clock starts after two steps, since these may compile. It does not
-    wait for a GPU, which may be a few steps behind."""
-    for step, batch in enumerate(progress(stream, f"epoch {epoch + 1}", steps_per_epoch)):
-        now = datetime.datetime.now()
-        if step == 2:
-            began = now
-        if estimate and step >= 10 and now - began > datetime.timedelta(seconds=30):
-            each, to_come = (now - began) / (step - 2), (args.epochs - epoch) * steps_per_epoch - step
-            say(f"a step takes {each.total_seconds():.3g} s: the run ends on "
-                f"{now + each * to_come:%Y-%m-%d at %H:%M}, tests not counted")
-            estimate = False
-        yield batch
-
-
-# Device
+# The device, and several processes
 
 
 def start_device(args):
@@ -563,10 +517,7 @@ def start_device(args):
     args.precision = set_precision(args.precision, device)
     if "test_batch_size" in args and args.test_batch_size is None:
         args.test_batch_size = 1000 if device.type == "cuda" else 250
-    print(f"device {device}: {device_name(device)}, torch {torch.__version__}, {args.precision}", flush=True)
-    if device.type == "cpu" and Path("/dev/nvidia0").exists():
-        print("warning: there is a GPU, but torch runs on the CPU: because of --device, or of a driver that "
-              f"is too old for torch's CUDA {torch.version.cuda}", file=sys.stderr)
+    print(f"device {device}: {device_name(device)}, torch {torch.__version__}, {args.precision}")
     return device
 
 
@@ -577,22 +528,22 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK'] if WORLD > 1 else 0}"
-    if not re.fullmatch(r"cpu|cuda:\d+", name):
-        raise InputError(f"--device {name} is not auto, cpu, cuda or cuda:N")
     try:
         if name != "cpu":
             torch.cuda.set_device(name)
         torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as e:  # no GPU, no such GPU, out of memory, in exclusive use ...
-        raise InputError(f"--device {name} cannot be used: {e}") from None
+    except (RuntimeError, AssertionError, ValueError) as e:  # no GPU, no such GPU, out of memory ...
+        raise InputError(f"--device {name} cannot be used: {str(e).splitlines()[0]}") from None
     return torch.device(name)
 
 
 def device_name(device):
+    """The GPU; or the CPU with its instruction set and the threads, which decide the last digits there."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = re.search(r"^model name\s*:\s*(.*)", cpu_info(), re.M)
-    return f"{name[1] if name else platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return (f"{name[1] if name else platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, "
+            f"{torch.get_num_threads()} threads")
 
 
 def cpu_info():
@@ -616,73 +567,6 @@ def set_precision(precision, device):
     return precision
 
 
-def compile_training(model, attack, args, n_train):
-    """Compile the model in place. Returns the attack to train with: on CUDA it becomes a CapturedAttack."""
-    if n_train < args.batch_size:
-        raise InputError(f"--compile has no effect: {n_train} images are less than a batch of "
-                         f"{args.batch_size}, and smaller batches run uncompiled")
-    model.compile(dynamic=False)
-    if next(model.parameters()).device.type != "cuda":
-        return attack
-    if getattr(args, "attack", "pgd") == "none" or getattr(args, "early_stop_pgd", None):
-        print("note: no CUDA graph: with --attack none there is no attack, and with --early-stop-pgd its "
-              "length depends on the images")
-        return attack
-    return CapturedAttack(attack, model)
-
-
-def uncompiled(condition):
-    """A context in which compiled models run uncompiled, if the condition holds. For the last, smaller batch
-    of an epoch, and for the tests, compiling takes longer than it saves."""
-    return torch.compiler.set_stance("force_eager") if condition else contextlib.nullcontext()
-
-
-class CapturedAttack:
-    """attack(*tensors, eps) -> x' in one launch. The first call with tensors of certain shapes captures the
-    attack in a CUDA graph; every call replays it.
-
-    It is faster since the host needs more time to launch thousands of kernels than the GPU needs to run them.
-    The graph uses the model's weights and running statistics in place. The next call overwrites x'.
-    """
-
-    def __init__(self, attack, model):
-        self.attack, self.model, self.graphs, self.replays = attack, model, {}, 0
-
-    def __call__(self, *arguments):
-        *tensors, eps = arguments
-        tensors.append(torch.full((), eps, dtype=tensors[0].dtype, device=tensors[0].device))
-        shapes = tuple(t.shape for t in tensors)
-        if shapes not in self.graphs:
-            inputs, statistics = [t.clone() for t in tensors], copy_values(self.model.buffers())
-            self.graphs[shapes] = inputs, *capture(partial(self.attack, *inputs))
-            put_back(statistics)
-        inputs, graph, x_adv = self.graphs[shapes]
-        for captured, given in zip(inputs, tensors):
-            captured.copy_(given)
-        graph.replay()
-        self.replays += 1  # a test counts them: a graph that is silently not used would be slow, not wrong
-        return x_adv
-
-
-def capture(function):
-    """(a CUDA graph of function(), the tensor that its replays write). Raises InputError if the GPU has too
-    little memory for it."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # warm-up: compilation and cuDNN's choice of algorithms cannot be captured
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            return graph, function()
-    except RuntimeError as e:  # leaving the capture may raise another error on top of the first
-        if not any(isinstance(error, torch.OutOfMemoryError) for error in (e, e.__context__)):
-            raise
-        raise InputError("the GPU has too little memory for the CUDA graph of the attack: train without "
-                         "--compile, or with a smaller --batch-size") from None
-
-
 def sum_over_processes(tensor):
     """The sum of a tensor over the processes. For bool tensors: where it is True in any of them."""
     if WORLD == 1:
@@ -701,12 +585,11 @@ def share_training(model, optimizer, args, n_train):
     """
     if WORLD == 1:
         return
-    cuda = next(model.parameters()).device.type == "cuda"
     if args.batch_size % WORLD or n_train % args.batch_size % WORLD:
         raise InputError(f"{WORLD} processes cannot divide batches of {args.batch_size} of {n_train} images, "
                          "and the last one of an epoch, evenly")
-    if args.awp or getattr(args, "early_stop_pgd", None) or args.compile and cuda:
-        raise InputError("--awp, --early-stop-pgd and, on GPUs, --compile run in one process only")
+    if args.awp or args.compile or getattr(args, "early_stop_pgd", None):
+        raise InputError("--awp, --early-stop-pgd and --compile run in one process only")
 
     def take_first_ones_statistics(model, x, logits):
         if model.training:
@@ -714,18 +597,63 @@ def share_training(model, optimizer, args, n_train):
                 dist.broadcast(buffer.data, 0)  # .data: unseen by autograd
 
     def average_gradients(optimizer, args, kwargs):
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for g, mean in zip(grads, (flat / WORLD).split([g.numel() for g in grads])):
-            g.copy_(mean.view(g.shape))
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                dist.all_reduce(p.grad)
+                p.grad /= WORLD
 
-    if cuda:
+    if next(model.parameters()).device.type == "cuda":
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:
-        print("note: on the CPU batch norm is not synchronised, each process normalises by its own part")
         model.register_forward_hook(take_first_ones_statistics)
     optimizer.register_step_pre_hook(average_gradients)
+
+
+# The training attack in a CUDA graph
+
+
+def uncompiled(condition):
+    """A context in which compiled models run uncompiled, if the condition holds. For the last, smaller batch
+    of an epoch, and for the tests, compiling takes longer than it saves."""
+    return torch.compiler.set_stance("force_eager") if condition else contextlib.nullcontext()
+
+
+class CapturedAttack:
+    """attack(*tensors, eps) -> x' in one launch. The first call with tensors of certain shapes captures the
+    attack in a CUDA graph; every call replays it.
+
+    It is faster since the host needs more time to launch thousands of kernels than the GPU needs to run them.
+    The graph uses the model's weights and running statistics in place. The next call overwrites x'.
+    """
+
+    def __init__(self, attack, model):
+        self.attack, self.model, self.graphs = attack, model, {}
+
+    def __call__(self, *arguments):
+        *tensors, eps = arguments
+        tensors.append(torch.full((), eps, dtype=tensors[0].dtype, device=tensors[0].device))
+        shapes = tuple(t.shape for t in tensors)
+        if shapes not in self.graphs:
+            inputs, statistics = [t.clone() for t in tensors], copy_values(self.model.buffers())
+            self.graphs[shapes] = inputs, *capture(partial(self.attack, *inputs))
+            put_back(statistics)
+        inputs, graph, x_adv = self.graphs[shapes]
+        for captured, given in zip(inputs, tensors):
+            captured.copy_(given)
+        graph.replay()
+        return x_adv
+
+
+def capture(function):
+    """(a CUDA graph of function(), the tensor that its replays write)."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # warm-up: compilation and cuDNN's choice of algorithms cannot be captured
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        return graph, function()
 
 
 # The figures of an epoch
@@ -742,7 +670,7 @@ class Meter:
         """Count a step: mean loss, labels (B,), logits (B, K) of adversarial and of clean images, or None."""
         self.known = adv_logits is not None, clean_logits is not None
         correct = [(logits.argmax(1) == y).sum() if logits is not None else torch.zeros_like(loss)
-                 for logits in (adv_logits, clean_logits)]
+                   for logits in (adv_logits, clean_logits)]
         self.sums += torch.stack([loss * len(y), *correct, torch.full_like(loss, len(y))])
 
     def read(self):
@@ -754,20 +682,15 @@ class Meter:
         return {"train_loss": round(loss / images, 5), "train_adv_acc": adv, "train_clean_acc": clean}
 
 
-def is_tested(args, epoch):
-    """Whether an epoch (from 1) is tested: --eval-every and --eval-from choose; the last one always is."""
-    return epoch >= args.eval_from and epoch % args.eval_every == 0 or epoch == args.epochs
-
-
 def test_pgd10(model, splits, args, epoch):
-    """The test figures for the log, of {split: (images, labels)}; none if the epoch (from 0) is not tested.
-    After standard training PGD-10 is left out."""
-    if not is_tested(args, epoch + 1):
+    """The test figures for the log, of {split: (images, labels)}; none if the epoch (from 1) is not tested:
+    --eval-from and --eval-every choose; the last one always is. After standard training without PGD-10."""
+    if epoch < args.epochs and (epoch < args.eval_from or epoch % args.eval_every):
         return {}
     figures, steps = {}, 0 if getattr(args, "attack", "pgd") == "none" else 10
     for split, (images, labels) in splits.items():
         with uncompiled(args.compile):
-            flags = evaluate(model, images, labels, args.eps, steps, seed=(args.seed, epoch),
+            flags = evaluate(model, images, labels, args.eps, steps, seed=(args.seed, epoch - 1),
                              batch_size=args.test_batch_size, shard=SHARD)[:2]
         clean, robust = (percent(sum_over_processes(f)) for f in flags)
         figures |= {f"{split}_clean": clean, f"{split}_pgd10": robust if steps else None}
@@ -783,26 +706,15 @@ def best(log):
 
 
 def show_epoch(args, log):
-    """Print a line for the last epoch of the log, starred if it is the best so far. The time left is from the
-    mean of the epochs so far, tested and untested apart."""
+    """Print a line for the last epoch of the log, starred if it is the best so far, with the time left."""
     entry, split = log[-1], "val" if args.val else "test"
     keys = ("train_adv_acc", "train_clean_acc", f"{split}_clean", f"{split}_pgd10")
     adv, clean, test_clean, pgd10 = ("   -  " if entry.get(k) is None else f"{entry[k]:6.2f}" for k in keys)
-    seconds = 0
-    for epoch in range(entry["epoch"] + 1, args.epochs + 1):
-        alike = [e["seconds"] for e in log if is_tested(args, e["epoch"]) == is_tested(args, epoch)]
-        seconds += np.mean(alike or [e["seconds"] for e in log])
-    left = f"{datetime.timedelta(seconds=round(seconds))} left{'' if best(log) else ', tests not counted'}"
+    left = (args.epochs - len(log)) * np.mean([e["seconds"] for e in log])
     print(f"{entry['epoch']:4}/{args.epochs}  lr {entry['lr']:.1e}  loss {entry['train_loss']:.4f}  "
           f"train adv {adv} clean {clean}  {split} clean {test_clean} PGD-10 {pgd10} "
-          f"{'*' if best(log) is entry else ' '}  {entry['seconds']:.0f} s, {left}", flush=True)
-
-
-def show_end(args, log):
-    """Print which epoch was the best, and how to evaluate it, if the evaluation has been copied too."""
-    print(f"the best epoch is {best(log)['epoch']}: {args.out}/best.pt")
-    if (HERE / "eval_aa.py").exists():
-        print(f"evaluate it with: python eval_aa.py {args.out}")
+          f"{'*' if best(log) is entry else ' '}  {entry['seconds']:.0f} s, "
+          f"{datetime.timedelta(seconds=round(left))} left")
 
 
 # Files. last.pt is the run: its setting, log and state. It is written first, and --resume writes best.pt and
@@ -824,12 +736,10 @@ def start_or_resume(args, saved, defaults):
            **environment(next(saved["state_dict"].parameters()).device)}
     saved |= {"args": vars(args), **now, "resumed": []}
     LOCKS.append(lock(out))
-    found = any((out / name).exists() for name in ("last.pt", "best.pt", "log.jsonl"))
-    sum_over_processes(torch.zeros(1))  # every process has looked before the first one writes
-    if found and not args.resume:
-        raise InputError(f"{out} already holds a run: --resume to go on, or choose another --out")
-    if found:
-        before = read_run(out, args.epochs)
+    if any((out / name).exists() for name in ("last.pt", "best.pt", "log.jsonl")):
+        if not args.resume:
+            raise InputError(f"{out} already holds a run: --resume to go on, or choose another --out")
+        before = load_checkpoint(out / "last.pt")
         was, is_now = ({**run["args"], "script": run["command"][0], "data": run["data_sha256"]}
                        for run in (before, saved))
         if differ := differences(was, is_now, vars(defaults)):
@@ -837,28 +747,14 @@ def start_or_resume(args, saved, defaults):
         log = before["log"]
         saved |= {k: before[k] for k in ("args", *now)}
         saved["resumed"] = [*before["resumed"], {"epoch": len(log), **now}]
-        if "optimizer" in before:
-            for name, part in saved.items():
-                if hasattr(part, "load_state_dict"):
-                    part.load_state_dict(before[name])
-            write_best_and_log(out, before)
+        for name, part in saved.items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(before[name])
+        write_best_and_log(out, before)
         print(f"{out} " + ("has finished" if len(log) == args.epochs else f"goes on after epoch {len(log)}"))
     if len(log) < args.epochs:
         write_json(out / "args.json", {k: v for k, v in saved.items() if not hasattr(v, "state_dict")})
     return log
-
-
-def read_run(out, epochs):
-    """What last.pt holds; of a finished run whose last.pt was deleted to save disk its setting and log."""
-    if (out / "last.pt").exists():
-        run = load_checkpoint(out / "last.pt")
-        if "optimizer" not in run:
-            raise InputError(f"{out}/last.pt is of an older version of this code, which can resume it")
-        return run
-    lines = (out / "log.jsonl").read_text().splitlines()
-    if len(lines) < epochs:
-        raise InputError(f"{out} has no last.pt and cannot go on: choose another --out")
-    return {**json.loads((out / "args.json").read_text()), "log": [json.loads(line) for line in lines]}
 
 
 def differences(before, now, defaults):
@@ -872,10 +768,8 @@ def differences(before, now, defaults):
 def save(args, saved, log):
     """Write last.pt, best.pt if the last epoch of the log is the best, and log.jsonl. Raises
     FloatingPointError if a weight is not finite."""
-    if RANK > 0:
-        return
     checkpoint = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in saved.items()}
-    weights = {k: v.cpu() for k, v in checkpoint["state_dict"].items()}
+    weights = {k: v.cpu() for k, v in checkpoint["state_dict"].items()}  # for machines without a GPU
     if not all(v.isfinite().all() for v in weights.values()):
         raise FloatingPointError("a weight is not finite")
     checkpoint |= {"state_dict": weights, "epoch": len(log), "log": log}
@@ -893,23 +787,17 @@ def write_best_and_log(out, checkpoint):
 
 
 def load_checkpoint(path):
-    """What torch.save wrote, on the CPU. Raises InputError, with the reason, if the file is damaged, or holds
-    more than tensors and plain values: unpickling it could run code."""
+    """What torch.save wrote, on the CPU. Raises InputError if the file is damaged, or holds more than tensors
+    and plain values: unpickling it could run code."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(100).strip()
-        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()  # torch.load does not look
-        if not damaged:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        reason = f"the checksum of {damaged} is wrong"
-    except OSError as e:
-        raise InputError(f"{path} cannot be read: {e.strerror}") from None
-    except Exception as e:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:  # a damaged file can raise nearly anything
         foreign = re.search(r"GLOBAL (\S+)", str(e))
-        reason = ("it is empty" if not head else "it is a web page" if head.startswith(b"<") else
-                  f"it holds an object of {foreign[1]}, which could run code: save the state dict alone"
+        reason = (f"it holds an object of {foreign[1]}, which could run code: save the state dict alone"
                   if foreign else "it is damaged, or no file of torch.save")
-    raise InputError(f"{path} cannot be read as a checkpoint: {reason}")
+        raise InputError(f"{path} cannot be read as a checkpoint: {reason}") from None
 
 
 def write_json(path, value):
@@ -918,22 +806,35 @@ def write_json(path, value):
 
 def write_whole(path, write):
     """Let write(file) fill a temporary file, then rename it: a kill leaves the old file or the new one. Only
-    the first process writes."""
-    if RANK == 0:
-        temporary, whole = Path(path).with_name(f".{Path(path).name}.tmp"), io.BytesIO()
-        write(whole)  # not into the file: torch.save would hide a full disk, or a Ctrl-C
+    the first process writes. Raises InputError if the disk is full."""
+    if RANK > 0:
+        return
+    path, whole = Path(path), io.BytesIO()
+    write(whole)  # not into the file: torch.save would hide a full disk, or a Ctrl-C
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
         with open(temporary, "wb") as file:
             file.write(whole.getbuffer())
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            try:
+                os.fsync(file.fileno())  # where a full disk or quota may show first
+            except OSError as e:
+                if e.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system without it
+                    raise
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written: {e.strerror}") from None
+    os.replace(temporary, path)
 
 
 def lock(folder, name=".lock"):
     """Make the folder and lock it. Returns the file that holds the lock until it is closed. Raises InputError
     if another process has locked it."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = open(Path(folder, name), "w")
+    folder = Path(folder)
+    if folder.is_symlink() and not folder.exists():
+        raise InputError(f"{folder} is a link to {folder.readlink()}, which is not there")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / name, "w")
     try:
         if RANK == 0:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
