@@ -47,6 +47,7 @@ ATTACKS = (*STANDARD, "apgd-dlr", "fab")
 # What decides an evaluation's figures: a result of another one is refused.
 IDENTITY = ("weights_sha256", "data_sha256", "model", "activation", "normalize", "n", "eps", "attacks",
             "seed", "precision", "batch_size")
+COUNTER = "num_batches_tracked"  # which old checkpoints lack
 MISFIT = 0.2  # of batch norm's statistics: above it something is wrong; results/README.md has the figures
 NORMALISATIONS = {"--no-normalize": None, "our own default": models.CIFAR_NORMALIZE,
                   "--std 0.2023 0.1994 0.2010": (models.CIFAR_NORMALIZE[0], (0.2023, 0.1994, 0.2010)),
@@ -90,7 +91,7 @@ def parse_args(argv=None):
                    help="stop after the batch with the N-th image; the command without this flag continues")
 
     g = p.add_argument_group("run")
-    g.add_argument("--dataset", help="cifar10, cifar100 or the path of an .npz; default: the run's, or cifar10")
+    g.add_argument("--dataset", help="cifar10, cifar100 or an .npz's path; default: the run's, or cifar10")
     g.add_argument("--data-dir", help="folder of cifar10.npz; default: the run's, or data")
     g.add_argument("--n", type=int, help="evaluate the first N test images alone")
     g.add_argument("--seed", type=int, default=0, help="seed of the attacks and of the order of the images")
@@ -119,18 +120,15 @@ def load_model(path, model=None, activation=None, no_normalize=False, mean=None,
     cannot be read safely, or does not fit the flags.
     """
     path, loaded = Path(path), utils.load_checkpoint(path)
-    if not isinstance(loaded, dict):
-        raise InputError(f"{path} holds no state dict")
+    loaded = loaded if isinstance(loaded, dict) else {}
     if "data_sha256" in loaded:
         if model or activation or no_normalize or mean:
-            raise InputError("--model, --activation, --no-normalize, --mean and --std have no effect: "
-                             f"{path} says what it is itself")
+            raise InputError(f"{path} says what it is: flags such as --model have no effect")
         state, trained = loaded["state_dict"], loaded["args"] | {"data_sha256": loaded["data_sha256"]}
         about = {k: trained[k] for k in ("model", "activation")}
         about |= {k: loaded[k] for k in ("normalize", "num_classes", "epoch")}
     elif model is None:
-        raise InputError(f"{path} does not name its architecture: give --model (and --no-normalize if it takes "
-                         "plain images)")
+        raise InputError(f"{path} does not say what it is: give --model, and --no-normalize if none is in it")
     else:
         names = list(shapes(model))
         state, trained = weights_in(loaded, names, path), {}
@@ -138,24 +136,20 @@ def load_model(path, model=None, activation=None, no_normalize=False, mean=None,
                  "normalize": None if no_normalize else (mean, std) if mean else models.CIFAR_NORMALIZE,
                  "num_classes": len(state.get(names[-1], range(10))),  # the last layer's biases
                  "epoch": None, "misfit": None}
-    found = {k: v.shape for k, v in state.items() if not k.endswith("num_batches_tracked")}
-
-    def fits(model):  # but for the counters, which old checkpoints lack
-        own = shapes(model, about["num_classes"])
-        return found == {k: v for k, v in own.items() if not k.endswith("num_batches_tracked")}
-
-    if not fits(about["model"]):
-        alike = [f"it fits --model {name}" for name in models.MODELS if fits(name)]
-        raise InputError(f"{path} is not of a {about['model']}: {(alike or ['it fits none of ours'])[0]}")
+    found = {k: v.shape for k, v in state.items() if not k.endswith(COUNTER)}
+    if found != shapes(about["model"], about["num_classes"]):
+        alike = [name for name in models.MODELS if found == shapes(name, about["num_classes"])]
+        raise InputError(f"{path} fits {', '.join(alike) or 'no model of ours'}, not {about['model']}")
     network = models.build(*(about[k] for k in ("model", "num_classes", "activation", "normalize")))
     network.load_state_dict(state, strict=False)
     return network.eval().requires_grad_(False), about | {"checkpoint": path.name}, trained
 
 
 def shapes(model, num_classes=10):
-    """{name: shape} in the state dict of one of our architectures, made without memory for the weights."""
+    """{name: shape} in the state dict of one of our architectures, but for counters. It takes no memory."""
     with torch.device("meta"):
-        return {k: v.shape for k, v in models.build(model, num_classes).state_dict().items()}
+        state = models.build(model, num_classes).state_dict()
+    return {k: v.shape for k, v in state.items() if not k.endswith(COUNTER)}
 
 
 def weights_in(loaded, names, path):
@@ -170,7 +164,7 @@ def weights_in(loaded, names, path):
         raise InputError(f"{path} holds {len(found) or 'no'} state dicts: save one in a file of its own")
     prefix = min((k for k in found[0] if k.endswith(names[0])), key=len, default="").removesuffix(names[0])
     state = {k.removeprefix(prefix): v for k, v in found[0].items()}
-    of_layers = (".weight", ".bias", ".running_mean", ".running_var", ".num_batches_tracked")
+    of_layers = (".weight", ".bias", ".running_mean", ".running_var", COUNTER)
     if others := [k for k in state if not k.endswith(of_layers)]:
         print(f"note: {path}: ignored, since no layer holds it: {', '.join(others)}")
     return {k: v for k, v in state.items() if k not in others and not k.startswith("sub_block1.")}
@@ -215,9 +209,9 @@ def warn_of_misfit(model, images, value):
 def priority(pgd10, margin, seed):
     """(weight, key) of each image, (N,) float64 each, from which withstand PGD-10 and their margins after it.
 
-    AutoAttack breaks what came close to being broken, so the weight falls with the rank in [0, 1) of how close
-    the margin is to 0, among the images that withstand PGD-10 and among those that do not: a few of these may
-    withstand a single other attack. Weights decide how precise the estimate is, not what it estimates.
+    AutoAttack breaks what came close to being broken, so the weight falls with the rank in [0, 1) of how
+    close the margin is to 0, among the images that withstand PGD-10 and among those that do not: a few of
+    these may withstand a single other attack. Weights decide how precise the estimate is, not its mean.
     """
     weight = np.empty(len(pgd10))
     for group, scale, least in ((pgd10, 1, 0), (~pgd10, 0.3, 0.2)):
@@ -243,13 +237,13 @@ def estimate(pgd10, robust, done, weight, key):
 def describe(model, images, labels, eps, path, attacks):
     """What tells an evaluation from another one. The logits of two images belong to it: a function is more
     than its weights. Raises InputError if an argument is not as autoattack's docstring says."""
-    needed = {"images (N, H, W, 3) torch.uint8": images.dtype == torch.uint8 and images.shape[3:] == (3,),
-              "labels (N,) torch.int64": labels.dtype == torch.int64 and labels.shape == images.shape[:1],
-              "an eps below 1, such as 8 / 255": 0 <= eps < 1,
-              "a path that ends in .json": path.suffix == ".json",
-              f"attacks out of {','.join(ATTACKS)}": set(attacks) <= set(ATTACKS)}
-    if missing := [what for what, given in needed.items() if not given]:
-        raise InputError(f"autoattack takes {' and '.join(missing)}")
+    given = {"images (N, H, W, 3) torch.uint8": images.dtype == torch.uint8 and images.shape[3:] == (3,),
+             "labels (N,) torch.int64": labels.dtype == torch.int64 and labels.shape == images.shape[:1],
+             "an eps below 1, such as 8 / 255": 0 <= eps < 1,
+             "a path that ends in .json": path.suffix == ".json",
+             f"attacks out of {','.join(ATTACKS)}": set(attacks) <= set(ATTACKS)}
+    if not all(given.values()):
+        raise InputError(f"autoattack takes {', '.join(what for what in given if not given[what])}")
     x = to_float(images[:2]).contiguous()
     with torch.no_grad():
         together, alone = (torch.cat([model(part) for part in x.split(size)]).float().nan_to_num().cpu()
@@ -266,14 +260,12 @@ def describe(model, images, labels, eps, path, attacks):
 
 
 def open_result(path, about):
-    """(result, arrays) of the evaluation in the .json and the .npz beside it, or of one that begins.
-
-    arrays, (N,) each: "clean", "pgd10", an attack's name: which images withstood it and those before; "done";
-    "margin" after PGD-10. Raises InputError if the files are of another evaluation.
-    """
+    """(result, arrays) of the evaluation in the .json and the .npz beside it, or of one that begins. arrays
+    (N,): "clean", "pgd10", an attack's name: which images withstood it and those before; "done"; "margin"
+    after PGD-10. Raises InputError if the files are of another evaluation."""
     npz = path.with_suffix(".npz")
     if not path.exists() and not npz.exists():
-        return {**about, "seconds": {"pgd10": 0, "autoattack": 0}}, {}
+        return about, {}
     with np.load(npz, allow_pickle=False) as file:
         arrays = dict(file)
     result = json.loads(str(arrays.pop("result", "{}")))
@@ -336,10 +328,7 @@ def make_autoattack(model, eps, seed, device, targets=9):
 
 
 def withstood(aa, attacks, x, y):
-    """Yields (attack, which images of the batch withstand it and those before it), (B,) bool.
-
-    x (B, 3, 32, 32) in [0, 1], y (B,).
-    """
+    """Yields (attack, which images of the batch withstand it and those before it, (B,) bool); x in [0, 1]."""
     with torch.no_grad():
         robust = classified_right(aa.get_logits(x), y)
     for attack in attacks:
@@ -364,10 +353,10 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
     result says. Returns the result, a dict. Raises InputError if an argument is not as described here, if the
     logits of an image depend on the others of its batch, or if the files are of another evaluation.
     """
-    path, n, images, labels = Path(path), len(labels), images.clone(), labels.clone()  # not of inference mode
+    path, images, labels = Path(path), images.clone(), labels.clone()  # which no longer are of inference mode
     with utils.lock(path.parent, f".{path.stem}.lock"), attack_mode(model, "eval"):
-        about = {**describe(model, images, labels, eps, path, attacks), "seed": seed, "batch_size": batch_size,
-                 **utils.environment(images.device), **(about or {})}
+        about = {**describe(model, images, labels, eps, path, attacks), **utils.environment(images.device),
+                 "seed": seed, "batch_size": batch_size, **(about or {})}
         result, arrays = open_result(path, json.loads(json.dumps(about)))
         if not arrays:
             if "misfit" in result:
@@ -378,8 +367,8 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
             found = evaluate(model, images, labels, eps, seed=seed, batch_size=batch_size, shard=utils.SHARD)
             found = (utils.sum_over_processes(t.cpu()).numpy() for t in found)
             arrays = dict(zip(("clean", "pgd10", "margin"), found))
-            arrays |= {name: np.zeros(n, dtype=bool) for name in (*attacks, "done")}
-            result["seconds"]["pgd10"] = round(time.time() - began, 1)
+            arrays |= {name: np.zeros(len(labels), dtype=bool) for name in (*attacks, "done")}
+            result["seconds"] = {"pgd10": round(time.time() - began, 1), "autoattack": 0}
         if "margin" in arrays:  # not in an old evaluation, which has come to its end
             report(path, result, arrays)
         if result["complete"]:
@@ -388,13 +377,13 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
         _, key = priority(arrays["pgd10"], arrays["margin"], seed)
         order = torch.from_numpy(key.argsort())
         aa = make_autoattack(model, eps, seed, images.device, min(9, result["num_classes"] - 1))
-        starts = range(result["n_done"], min(n, stop_after or n), batch_size)
+        starts = range(result["n_done"], min(len(labels), stop_after or len(labels)), batch_size)
         rounds = [starts[i : i + utils.WORLD] for i in range(0, len(starts), utils.WORLD)]  # one a process
         bar, began = utils.progress(total=len(rounds) * len(attacks), desc="AutoAttack"), time.time()
         for number, of_all in enumerate(rounds, 1):
             if result["n_done"] and result["left"][attacks[-1]][1] <= error:
                 break
-            started, new = time.time(), torch.zeros(len(attacks) + 1, n, dtype=torch.bool)
+            started, new = time.time(), torch.zeros(len(attacks) + 1, len(labels)).bool()
             for i in of_all[utils.RANK : utils.RANK + 1]:
                 batch = order[i : i + batch_size]
                 x, y = to_float(images[batch]).contiguous(), labels[batch]
@@ -407,7 +396,8 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
                 new[-1, batch] = True
             for name, values in zip((*attacks, "done"), utils.sum_over_processes(new).numpy()):
                 arrays[name] |= values
-            result["seconds"]["autoattack"] = round(result["seconds"]["autoattack"] + time.time() - started, 1)
+            seconds = result["seconds"]
+            seconds["autoattack"] = round(seconds["autoattack"] + time.time() - started, 1)
             left = datetime.timedelta(seconds=round((time.time() - began) / number * (len(rounds) - number)))
             report(path, result, arrays, f", {'at most ' if error else ''}{left} left")
         bar.close()
@@ -428,10 +418,11 @@ def main():
     data = load_dataset(dataset, device, args.data_dir or trained.get("data_dir", "data"))
     eps = trained.get("eps", 8 / 255) if args.eps is None else args.eps
     total = len(data.test_labels)
-    if data.num_classes != about["num_classes"] or (args.n or 1) > total:
-        raise InputError(f"{path} knows {about['num_classes']} classes, and {dataset} has {data.num_classes}, "
-                         f"with {total:,} test images, of which --n takes the first")
     n = args.n or total
+    if data.num_classes != about["num_classes"]:
+        raise InputError(f"{path} knows {about['num_classes']} classes, but {dataset} {data.num_classes}")
+    if n > total:
+        raise InputError(f"--n {n}: there are {total:,} test images")
     print(f"{path}: {about['model']}, {n:,} of {total:,} test images, eps {255 * eps:.4g}/255")
     if trained.get("data_sha256", data.sha256) != data.sha256:
         print(f"note: {dataset} is not what it was trained on, by the SHA-256")
@@ -440,8 +431,8 @@ def main():
     model.to(device, memory_format=torch.channels_last)
     about |= {"data_sha256": data.sha256, "precision": args.precision}
     size = args.batch_size or (500 if device.type == "cuda" else 250)
-    autoattack(model, data.test_images[:n], data.test_labels[:n], eps, args.out or out, args.attacks, args.seed,
-               size, args.stop_after, args.error, about)
+    autoattack(model, data.test_images[:n], data.test_labels[:n], eps, args.out or out, args.attacks,
+               args.seed, size, args.stop_after, args.error, about)
     print(f"written to {args.out or out}")
 
 

@@ -45,6 +45,7 @@ def script(monkeypatch, capfd):
     def run(module, *argv):
         monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, argv)])
         capfd.readouterr()
+        status = 0
         try:
             utils.run_script(module.main)
         except SystemExit as e:

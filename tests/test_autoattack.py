@@ -1,9 +1,7 @@
 """The evaluator sends batches through AutoAttack's attacks, one after the other; stopped, it goes on."""
 
 import json
-import logging
 import random
-import re
 
 import numpy as np
 import pyautoattack
@@ -37,37 +35,42 @@ def shortened(aa):
     return aa
 
 
-def test_flags_are_those_of_autoattacks_own_call_on_the_same_batches(tmp_path, monkeypatch, capsys):
-    """With any module; a second call goes on where the first one was stopped."""
-    model, size = Quadratic(), (14, 4, 4, 3)
-    images = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+@pytest.fixture
+def pictures():
+    """14 images (14, 32, 32, 3) of 4 x 4 squares, and the labels that Quadratic gives them, but for the first."""
+    images = torch.randint(0, 256, (14, 4, 4, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     images = images.repeat_interleave(8, 1).repeat_interleave(8, 2)
-    x = utils.to_float(images).contiguous()
-    labels = model(x).argmax(1)
+    labels = Quadratic()(utils.to_float(images).contiguous()).argmax(1)
     labels[0] = (labels[0] + 1) % 10
-    want = []
-    for batch in (slice(0, 5), slice(5, 10), slice(10, 14)):
-        theirs = shortened(pyautoattack.AutoAttack(model, eps=EPS, seed=0, version="standard"))
-        x_adv, _ = theirs.run_standard_evaluation(x[batch], labels[batch], batch_size=BATCH)
-        want += (model(x_adv).argmax(1) == labels[batch]).tolist()
-    assert 0 < sum(want) < 13
+    return images, labels
 
-    make, path = eval_aa.make_autoattack, tmp_path / "mine.json"
+
+@pytest.fixture
+def short(monkeypatch):
+    make = eval_aa.make_autoattack
     monkeypatch.setattr(eval_aa, "make_autoattack", lambda *args: shortened(make(*args)))
+
+
+def test_flags_are_those_of_autoattacks_own_call_on_the_batches_in_the_order_of_keys(tmp_path, pictures, short):
+    """With any module; a second call goes on where the first one was stopped."""
+    model, (images, labels), path = Quadratic(), pictures, tmp_path / "mine.json"
     part = eval_aa.autoattack(model, images, labels, EPS, path, batch_size=BATCH, stop_after=3)
     assert part["n_done"] == 5 and not part["complete"] and part["aa_error"] > 0
-    assert re.search(r"apgd-ce took \d+ s for the first 5 images; in all this takes about 0:00:",
-                     capsys.readouterr().out)
     result = eval_aa.autoattack(model, images, labels, EPS, path, batch_size=BATCH)
     flags = np.load(path.with_suffix(".npz"))
-    assert flags["square"].tolist() == want and flags["done"].all()
+    order = eval_aa.priority(flags["pgd10"], flags["margin"], 0)[1].argsort()
+    want, x = np.zeros(14, bool), utils.to_float(images).contiguous()
+    for batch in (order[:5], order[5:10], order[10:]):
+        theirs = shortened(pyautoattack.AutoAttack(model, eps=EPS, seed=0, version="standard"))
+        x_adv, _ = theirs.run_standard_evaluation(x[batch], labels[batch], batch_size=BATCH)
+        want[batch] = model(x_adv).argmax(1) == labels[batch]
+    assert 0 < want.sum() < 13
+    assert (flags["square"] == want).all() and flags["done"].all()
     left = [flags[a].sum() for a in eval_aa.STANDARD]
     assert left == sorted(left, reverse=True) and left[0] > left[-1]
-    assert result["aa"] == round(100 * sum(want) / 14, 2) and result["aa_error"] == 0 and result["complete"]
-    with pytest.raises(utils.InputError, match="mine.json is of another evaluation .data_sha256 was"):
+    assert result["aa"] == round(100 * want.sum() / 14, 2) and result["aa_error"] == 0 and result["complete"]
+    with pytest.raises(utils.InputError, match="data_sha256 was"):
         eval_aa.autoattack(model, images, labels.roll(1), EPS, path, batch_size=BATCH)
-    with pytest.raises(utils.InputError, match="images are torch.float32, labels torch.int64: torch.uint8"):
-        eval_aa.autoattack(model, images / 255, labels, EPS, path, batch_size=BATCH)
 
 
 class Few(Quadratic):
@@ -81,8 +84,7 @@ class Few(Quadratic):
         return super().forward(x)[:, : self.classes]
 
 
-@pytest.mark.parametrize("classes", (4, 9))
-def test_with_few_classes_the_targeted_attacks_try_all_others(classes, tmp_path, monkeypatch, capsys):
+def test_with_few_classes_the_targeted_attacks_try_all_others(pictures, tmp_path, monkeypatch, capsys):
     make, targets = eval_aa.make_autoattack, []
 
     def spy(*args):
@@ -91,23 +93,10 @@ def test_with_few_classes_the_targeted_attacks_try_all_others(classes, tmp_path,
         return aa
 
     monkeypatch.setattr(eval_aa, "make_autoattack", spy)
-    images = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
-    labels = Few(classes)(utils.to_float(images).contiguous()).argmax(1)
-    aa = eval_aa.autoattack(Few(classes), images, labels, EPS, tmp_path / "x.json")["aa"]
-    assert targets == [classes - 1, classes - 1]
-    assert f" / AA, {classes - 1} targets {aa:.2f}\n" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("classes, advice", ((2, "apgd-ce,fab,square"), (3, "apgd-ce,apgd-dlr,fab,square")))
-def test_with_two_or_three_classes_standard_names_what_works(classes, advice, tmp_path, monkeypatch):
-    make, model = eval_aa.make_autoattack, Few(classes)
-    monkeypatch.setattr(eval_aa, "make_autoattack", lambda *args: shortened(make(*args)))
-    images = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
-    labels = model(utils.to_float(images).contiguous()).argmax(1)
-    with pytest.raises(utils.InputError, match=f"{classes} classes are too few .*: try --attacks {advice}$"):
-        eval_aa.autoattack(model, images, labels, EPS, tmp_path / "x.json")
-    result = eval_aa.autoattack(model, images, labels, EPS, tmp_path / "x.json", attacks=advice.split(","))
-    assert result["complete"] and result["aa"] is None
+    labels = Few(4)(utils.to_float(pictures[0]).contiguous()).argmax(1)
+    aa = eval_aa.autoattack(Few(4), pictures[0], labels, EPS, tmp_path / "x.json")["aa"]
+    assert targets == [3, 3]
+    assert f" / AA, 3 targets {aa:.2f}\n" in capsys.readouterr().out
 
 
 def test_no_attack_is_called_on_a_batch_without_survivors_and_a_channels_last_model_is_attacked():
@@ -120,33 +109,183 @@ def test_no_attack_is_called_on_a_batch_without_survivors_and_a_channels_last_mo
     assert dict(eval_aa.withstood(aa, ["apgd-ce"], x, y))["apgd-ce"].shape == (4,)
     wrong = dict(eval_aa.withstood(aa, ["apgd-ce", "square"], x, (y + 1) % 10))
     assert not wrong["apgd-ce"].any() and not wrong["square"].any()
+    aa.model = lambda x: x.flatten(1)[:, :10] * float("nan")  # whose argmax is 0
+    assert not dict(eval_aa.withstood(aa, ["apgd-ce"], x, torch.zeros_like(y)))["apgd-ce"].any()
 
 
-def test_the_estimate_and_its_error_cover_the_figure():
-    """On flags simulated with the paper's rates (PGD-10 53.58, AA 48.51): unbiased; 95 % intervals hold."""
-    rng, n, total = np.random.default_rng(0), 2000, 10_000
-    inside, values, plain = 0, [], []
-    for _ in range(400):
-        u = rng.random(total)
-        pgd10, left = u < 0.5358, u < 0.4851
-        left ^= rng.random(total) < 0.002  # and a few images that withstand AutoAttack alone
-        done = np.zeros(total, dtype=bool)
-        done[:n] = True
-        value, error = eval_aa.estimate(pgd10, left, done)
-        truth = 100 * left.mean()
-        values.append(value - truth)
-        plain.append(100 * left[:n].mean() - truth)
-        inside += abs(value - truth) <= 1.96 * error
-    assert 0.92 < inside / 400 < 0.98 and abs(np.mean(values)) < 0.08
-    assert np.std(values) < 0.5 * np.std(plain)
-    assert eval_aa.estimate(pgd10, left, np.ones(total, dtype=bool)) == (round(100 * left.mean(), 2), 0)
-    # By hand: PGD-10 3 of 5; of the three done it is 1, 1, 0 and AutoAttack 1, 0, 0.
-    value, error = eval_aa.estimate(np.array([1, 1, 0, 1, 0], bool), np.array([1, 0, 0, 0, 0], bool),
-                                    np.array([1, 1, 1, 0, 0], bool))
-    assert value == round(60 - 100 / 3, 2) and error == round(100 * (0.4 * (2 / 3 / 2) / 3) ** 0.5, 2)
-    # No difference yet, in 4 of 16 images: the error is that of one in four, whose variance is 1 / 4.
-    alike, four = np.ones(16, bool), np.arange(16) < 4
-    assert eval_aa.estimate(alike, alike, four) == (100, round(100 * (0.75 * 0.25 / 4) ** 0.5, 2))
+def population(total=400):
+    """(PGD-10, margins, AutoAttack) of images: what AutoAttack breaks beyond PGD-10 has a small margin, and some
+    of what PGD-10 breaks withstands a single other attack. Sorted by class: the robust ones come last."""
+    rng = np.random.default_rng(0)
+    margin = np.sort(rng.normal(size=total))
+    margin -= np.quantile(margin, 0.45)
+    pgd10 = margin > 0
+    left = rng.random(total) < np.where(pgd10, 1 - 0.8 * np.exp(-12 * margin), 0.2 * np.exp(5 * margin))
+    return pgd10, margin, left
+
+
+def estimates(pgd10, margin, left, n, seeds):
+    for seed in range(seeds):
+        order = eval_aa.priority(pgd10, margin, seed)
+        done = np.zeros(len(pgd10), bool)
+        done[order[1].argsort()[:n]] = True
+        yield eval_aa.estimate(pgd10, np.where(done, left, 0), done, *order)  # it sees no more than that
+
+
+@pytest.mark.parametrize("n", (20, 80, 390))
+def test_the_estimate_is_unbiased_over_orders_and_its_error_covers_it(n):
+    pgd10, margin, left = population()
+    assert 3 < (left & ~pgd10).sum() < 12 < (pgd10 & ~left).sum() < 40
+    truth = 100 * left.mean()
+    values, errors = np.array(list(estimates(pgd10, margin, left, n, 2000))).T
+    assert abs(values.mean() - truth) < 4 * values.std() / 2000**0.5
+    assert (errors > 0).all() and (abs(values - truth) <= 2 * errors).mean() > 0.9
+    difference, rng = pgd10.astype(float) - left, np.random.default_rng(0)
+    plain = [100 * difference[rng.permutation(400)[:n]].mean() for _ in range(500)]  # in a random order
+    assert n != 80 or values.std() < 0.6 * np.std(plain)
+    nothing = np.zeros(400, bool)
+    values, errors = np.array(list(estimates(nothing, -abs(margin), nothing, n, 20))).T
+    assert (values == 0).all() and (errors > 0).all()
+
+
+def test_the_estimate_by_hand_and_at_the_end():
+    """Four images, two done. t = 0.2, so p = 0.8 and 0.2; PGD-10 loses the second one, and withstands none of
+    the others: 100 (2 - 1 / 0.2) / 4. Its variance 0.8 / 0.04 exceeds that of one of weight 1, q = 0.2."""
+    pgd10, robust = np.array([1, 1, 0, 0], bool), np.array([1, 0, 0, 0], bool)
+    weight, key = np.array([4, 1, 1, 0.5]), np.array([0.05, 0.1, 0.2, 0.9])
+    assert eval_aa.estimate(pgd10, robust, key < 0.15, weight, key) == (-75, round(25 * 20**0.5, 2))
+    # with no difference: one unseen of weight min(median of 4 and 1, largest to come 1), q = 0.2
+    assert eval_aa.estimate(pgd10, pgd10, key < 0.15, weight, key) == (50, round(25 * 20**0.5, 2))
+    assert eval_aa.estimate(pgd10, robust, key < 1, weight, key) == (25, 0)
+
+
+def test_weights_and_keys_by_hand():
+    """Ranks of closeness to 0, 0 and 1/2 in each group; keys are u / w."""
+    margin, pgd10 = np.array([0.3, -0.1, 0.1, -np.inf]), np.array([1, 0, 1, 0], bool)
+    weight, key = eval_aa.priority(pgd10, margin, 5)
+    np.testing.assert_allclose(weight, [1 / 0.55, 0.3 / 0.05, 1 / 0.05, 0.3 / 0.55])
+    u = key * weight
+    assert ((0 <= u) & (u < 1)).all() and len(set(u)) == 4
+    other = eval_aa.priority(~pgd10, margin[::-1], 5)
+    np.testing.assert_allclose(other[0] * other[1], u)  # drawn by the seed and the image's number alone
+    assert (eval_aa.priority(pgd10, margin, 6)[1] != key).all()
+    assert eval_aa.priority(pgd10[:0], margin[:0], 0)[1].shape == (0,)
+    far = eval_aa.priority(np.zeros(100, bool), -np.arange(100.0), 0)[0]
+    assert far.min() == 0.3 / (0.05 + 0.99) or far.min() == 0.2
+
+
+@pytest.mark.parametrize("size, stop", ((3, 9), (5, 10), (2, 9)))
+def test_the_order_does_not_depend_on_the_batch_size(tmp_path, pictures, size, stop):
+    result = eval_aa.autoattack(Quadratic(), *pictures, EPS, tmp_path / "r.json", ["apgd-ce"], 0, size, stop)
+    flags = np.load(tmp_path / "r.npz")
+    order = eval_aa.priority(flags["pgd10"], flags["margin"], 0)[1].argsort()
+    assert flags["done"][order].tolist() == [i < result["n_done"] for i in range(14)]
+    assert result["n_done"] >= stop
+
+
+def test_it_stops_as_soon_as_the_error_is_small_enough(tmp_path, pictures):
+    argv = Quadratic(), *pictures, EPS, tmp_path / "r.json", ["apgd-ce", "apgd-t"], 0, 2
+    first = eval_aa.autoattack(*argv, stop_after=2)
+    error = first["left"]["apgd-t"][1] - 0.01
+    second = eval_aa.autoattack(*argv, error=error)
+    assert 2 < second["n_done"] < 14 and second["left"]["apgd-t"][1] <= error
+    assert eval_aa.autoattack(*argv, error=error)["n_done"] == second["n_done"]
+
+
+# ---- Which function it is of -----------------------------------------------------------------------------
+
+
+class Defence(torch.nn.Module):
+    """A module of somebody's own: what it computes depends on more than its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale, self.act = Quadratic(), 1.0, torch.nn.Identity()
+        self.others, self.purify = [], lambda x: x
+
+    def forward(self, x):
+        logits = self.act(self.net(self.purify(x) * self.scale))
+        return logits + sum(other(x) for other in self.others)
+
+    def get_extra_state(self):
+        return {"state": "of any kind"}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: setattr(m, "scale", 0.9),  # a normalisation that is a plain attribute
+    lambda m: setattr(m, "act", torch.nn.Tanh()),
+    lambda m: setattr(m, "purify", lambda x: (8 * x).round() / 8),  # a wrapped defence
+    lambda m: m.others.append(Few(10)),  # an ensemble in a list
+    lambda m: setattr(m, "forward", lambda x: Defence.forward(m, x.flip(3))),  # an edited file
+])
+def test_the_same_weights_in_another_function_are_another_evaluation(tmp_path, pictures, change):
+    argv = *pictures, EPS, tmp_path / "r.json", ["apgd-ce"], 0, 5
+    assert eval_aa.autoattack(Defence(), *argv, stop_after=5)["n_done"] == 5
+    before = files(tmp_path)
+    changed = Defence()
+    change(changed)
+    with pytest.raises(utils.InputError, match="the same weights gave other logits"):
+        eval_aa.autoattack(changed, *argv)
+    assert files(tmp_path) == before
+    assert eval_aa.autoattack(Defence(), *argv)["complete"]
+
+
+@pytest.mark.parametrize("model", [
+    torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(48, 10),
+                        torch.nn.BatchNorm1d(10, track_running_stats=False)),
+    torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(48, 10),
+                        type("Noise", (torch.nn.Module,), {"forward": lambda self, x: x + torch.randn(10)})())])
+def test_logits_that_depend_on_the_batch_or_on_chance_are_refused(tmp_path, pictures, model):
+    with pytest.raises((utils.InputError, ValueError), match="random, or depend|more than 1 value"):
+        eval_aa.autoattack(model, *pictures, EPS, tmp_path / "r.json", ["apgd-ce"])
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize("change", [{"eps": 8}, {"path": "r.npz"}, {"attacks": ["apgd"]},
+                                    {"images": torch.zeros(14, 3, 32, 32)}, {"labels": torch.zeros(13).long()},
+                                    {"labels": torch.full((14,), 10)}, {"labels": torch.zeros(14, 1).long()}])
+def test_arguments_that_do_not_fit_are_refused(tmp_path, pictures, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    images, labels = pictures
+    given = {"images": images, "labels": labels, "eps": EPS, "path": "r.json", "attacks": ["apgd-ce"]}
+    with pytest.raises(utils.InputError):
+        eval_aa.autoattack(Quadratic(), **given | change)
+    assert files(tmp_path) == {}
+
+
+def test_it_runs_in_inference_mode(tmp_path, pictures):
+    """As in Lightning's test loop, whose images and labels are tensors of inference mode."""
+    model = Quadratic()
+    want = eval_aa.autoattack(model, *pictures, EPS, tmp_path / "a.json", ["apgd-ce"])
+    with torch.inference_mode():
+        images, labels = (t.clone() for t in pictures)
+        got = eval_aa.autoattack(model, images, labels, EPS, tmp_path / "b.json", ["apgd-ce"])
+    assert got["left"] == want["left"] and 0 < want["left"]["apgd-ce"][0] < 93
+
+
+def test_of_an_older_order_only_what_is_at_its_end_is_taken(tmp_path, pictures):
+    argv = Quadratic(), *pictures, EPS, tmp_path / "r.json", ["apgd-ce"], 0, 5
+
+    def make_old():
+        arrays = dict(np.load(tmp_path / "r.npz"))
+        del arrays["margin"]
+        result = json.loads(str(arrays["result"]))
+        del result["logits"]
+        np.savez(tmp_path / "r.npz", **arrays | {"result": json.dumps(result)})
+        return files(tmp_path)
+
+    eval_aa.autoattack(*argv, stop_after=5)
+    make_old()
+    with pytest.raises(utils.InputError, match="older version"):
+        eval_aa.autoattack(*argv)
+    for name in ("r.json", "r.npz"):
+        (tmp_path / name).unlink()
+    want = eval_aa.autoattack(*argv)["left"]
+    before = make_old()
+    assert eval_aa.autoattack(*argv)["left"] == {a: list(v) for a, v in want.items()} and files(tmp_path) == before
 
 
 @pytest.fixture
@@ -194,32 +333,27 @@ def test_an_interruption_at_any_moment_changes_no_flag(script, checkpoint, monke
 
 
 @pytest.mark.parametrize("argv, problem", [
-    (("--out", "small.json"), "small.npz says nothing of it"),  # it is the data set
-    (("--out", "other.json"), "other.npz says nothing of it"),
-    (("--out", "result.npz"), "does not end in .json"),
+    (("--out", "small.json"), "small.json is of another evaluation"),  # it is the data set
+    (("--out", "other.json"), "other.npz"),
+    (("--out", "result.npz"), "ends in .json"),
     (("--eps", "4/255"), "eps was"),
     (("--batch-size", 7), "batch_size was 250, is 7"),
     (("--activation", "elu"), "activation was relu, is elu"),
-    (("--dataset", "nine.npz"), "tiny.pt knows 10 classes, but the data set has 9"),
-    (("--dataset", "eleven.npz"), "tiny.pt knows 10 classes, but the data set has 11"),
+    (("--dataset", "nine.npz"), "tiny.pt knows 10 classes, but nine.npz 9"),
     (("--n", "39"), "n was 40, is 39"),
     (("--n", "41"), "there are 40 test images"),
     (("--attacks", "apgd-x"), "is not standard, none, or a list"),
-    (("--no-normalize", "--mean", "0", "0", "0", "--std", "1", "1", "1"), "contradicts"),
-    (("--model", "wrn-34-10"), "of another architecture: Missing key(s)"),
-    (("--which", "last"), "--which chooses in a run's folder"),
-    (("--seed", 2**63), "is not at least 0 and below 9223372036854775808"),
-    (("--stop-after", "3"), "--stop-after has no effect with --attacks none"),
+    (("--no-normalize", "--mean", "0", "0", "0", "--std", "1", "1", "1"), "--no-normalize"),
+    (("--model", "wrn-34-10"), "fits tiny, not wrn-34-10"),
+    (("--seed", 2**63), "--seed"),
+    (("--stop-after", "3"), "have no effect with --attacks none"),
+    (("--error", "1"), "have no effect with --attacks none"),
 ])
 def test_what_is_refused_leaves_everything_as_it_was(script, checkpoint, argv, problem):
     assert script(eval_aa, *TINY, "--attacks", "none")[0] == 0
     (checkpoint / "other.json").write_text('{"clean": 3}')
     arrays = dict(np.load("small.npz"))
-    for name, last in (("nine", 8), ("eleven", 10)):
-        train, test = (np.where(arrays[f"{part}_labels"] == 9, last, arrays[f"{part}_labels"])
-                       for part in ("train", "test"))
-        train[0] = min(9, last)
-        np.savez(f"{name}.npz", **{**arrays, "train_labels": train, "test_labels": test})
+    np.savez("nine.npz", **arrays | {k: arrays[k].clip(0, 8) for k in ("train_labels", "test_labels")})
     before = files(checkpoint)
     status, _, err = script(eval_aa, *TINY, "--attacks", "none", *argv)
     assert status == 2 and problem in err and len(err.splitlines()) == 1, err
@@ -243,9 +377,9 @@ def test_other_weights_are_refused_until_the_result_is_deleted(script, checkpoin
         (checkpoint / name).unlink()
     assert script(eval_aa, *argv)[0] == 0 and script(eval_aa, *argv)[0] == 0
     status, _, err = script(eval_aa, "tiny.pt", "--dataset", "small.npz")
-    assert status == 2 and "does not name its architecture: give --model" in err
+    assert status == 2 and "give --model" in err
     status, _, err = script(eval_aa, ".")
-    assert status == 2 and "best.pt cannot be read: No such file" in err
+    assert status == 2 and "best.pt" in err
 
 
 def test_anyones_checkpoint_is_normalised_as_the_flags_say(script, checkpoint):
@@ -262,27 +396,3 @@ def test_anyones_checkpoint_is_normalised_as_the_flags_say(script, checkpoint):
         result = json.loads((checkpoint / f"{i}.json").read_text())
         assert result["clean"] == utils.percent(model(shown).argmax(1) == data.test_labels)
         assert result["eps"] == 8 / 255 and result["precision"] == "fp32"
-
-
-def test_the_forecast_by_hand(capsys):
-    """Two batches; 200 passes take 5 s, and half of the images go through the other 9,500."""
-    eval_aa.forecast(eval_aa.STANDARD, 5, 60, 0.5, 2)  # 2 * 5 * (1 + 0.5 * 47.5) = 247.5
-    assert capsys.readouterr().out.endswith("5 s for the first 60 images; in all this takes about 0:04:08\n")
-
-
-def test_images_that_only_fab_and_square_break_are_named(capsys):
-    flags = {"apgd-t": np.ones(300, bool), "square": np.ones(300, bool), "done": np.ones(300, bool)}
-    flags["square"][7] = False
-    eval_aa.show_late(flags)
-    assert capsys.readouterr().out == "fab-t and square alone break 1 of the images (0.33 %) [7]\n"
-    flags["square"][9] = False
-    eval_aa.show_late(flags)
-    assert "warning: that is many: are gradients masked?" in capsys.readouterr().out
-
-
-def test_autoattacks_warnings_are_heard_once_an_evaluation(caplog):
-    for evaluations in (1, 2):
-        eval_aa.make_autoattack(Quadratic(), EPS, 0, "cpu")
-        for _ in range(3):
-            logging.getLogger("auto-attack").warning("there are zero gradients")
-        assert caplog.text.count("zero gradients") == evaluations
