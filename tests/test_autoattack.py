@@ -113,14 +113,14 @@ def test_no_attack_is_called_on_a_batch_without_survivors_and_a_channels_last_mo
     assert not dict(eval_aa.withstood(aa, ["apgd-ce"], x, torch.zeros_like(y)))["apgd-ce"].any()
 
 
-def population(total=400):
+def population(total=1000):
     """(PGD-10, margins, AutoAttack) of images: what AutoAttack breaks beyond PGD-10 has a small margin, and some
     of what PGD-10 breaks withstands a single other attack. Sorted by class: the robust ones come last."""
     rng = np.random.default_rng(0)
     margin = np.sort(rng.normal(size=total))
     margin -= np.quantile(margin, 0.45)
     pgd10 = margin > 0
-    left = rng.random(total) < np.where(pgd10, 1 - 0.8 * np.exp(-12 * margin), 0.2 * np.exp(5 * margin))
+    left = rng.random(total) < np.where(pgd10, 1 - 0.8 * np.exp(-12 * margin), 0.1 * np.exp(9 * margin))
     return pgd10, margin, left
 
 
@@ -132,18 +132,18 @@ def estimates(pgd10, margin, left, n, seeds):
         yield eval_aa.estimate(pgd10, np.where(done, left, 0), done, *order)  # it sees no more than that
 
 
-@pytest.mark.parametrize("n", (20, 80, 390))
+@pytest.mark.parametrize("n", (50, 200, 800))
 def test_the_estimate_is_unbiased_over_orders_and_its_error_covers_it(n):
     pgd10, margin, left = population()
-    assert 3 < (left & ~pgd10).sum() < 12 < (pgd10 & ~left).sum() < 40
+    assert 3 < (left & ~pgd10).sum() < 12 < (pgd10 & ~left).sum() < 60
     truth = 100 * left.mean()
     values, errors = np.array(list(estimates(pgd10, margin, left, n, 2000))).T
-    assert abs(values.mean() - truth) < 4 * values.std() / 2000**0.5
+    assert abs(values.mean() - truth) < 4 * values.std() / 2000**0.5 + 0.005
     assert (errors > 0).all() and (abs(values - truth) <= 2 * errors).mean() > 0.9
     difference, rng = pgd10.astype(float) - left, np.random.default_rng(0)
-    plain = [100 * difference[rng.permutation(400)[:n]].mean() for _ in range(500)]  # in a random order
-    assert n != 80 or values.std() < 0.6 * np.std(plain)
-    nothing = np.zeros(400, bool)
+    plain = [100 * difference[rng.permutation(1000)[:n]].mean() for _ in range(500)]  # in a random order
+    assert n != 200 or values.std() < 0.6 * np.std(plain)
+    nothing = np.zeros(1000, bool)
     values, errors = np.array(list(estimates(nothing, -abs(margin), nothing, n, 20))).T
     assert (values == 0).all() and (errors > 0).all()
 
