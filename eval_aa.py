@@ -230,8 +230,8 @@ def estimate(pgd10, robust, done, weight, key):
     p = np.minimum(1, weight[done] * t)
     unseen = t * min(np.median(weight[pgd10]) if pgd10.any() else np.inf, weight[~done].max())  # below 1
     variance = max((difference**2 * (1 - p) / p**2).sum(), (1 - unseen) / unseen**2)
-    scale = 100 / len(done)
-    return round(scale * (pgd10.sum() - (difference / p).sum()), 2), round(scale * math.sqrt(variance), 2)
+    value, error = pgd10.sum() - (difference / p).sum(), math.sqrt(variance)
+    return round(100 * value / len(done), 2), max(0.01, round(100 * error / len(done), 2))
 
 
 def describe(model, images, labels, eps, path, attacks):
