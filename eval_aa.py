@@ -223,13 +223,15 @@ def priority(pgd10, margin, seed):
 
 def estimate(pgd10, robust, done, weight, key):
     """(accuracy, its standard error over seeds), in per cent, by the formula at the top; (N,) arrays. robust
-    is known where done. The error is at least that of one difference not seen yet, of a likely image."""
+    is known where done. The error is at least that of one difference not seen yet, of an image of middling
+    weight among those to come that withstand PGD-10."""
     if done.all():
         return percent(torch.from_numpy(robust)), 0.0
     t, difference = key[~done].min(), pgd10[done].astype(float) - robust[done]
     p = np.minimum(1, weight[done] * t)
-    unseen = t * min(np.median(weight[pgd10]) if pgd10.any() else np.inf, weight[~done].max())  # below 1
-    variance = max((difference**2 * (1 - p) / p**2).sum(), (1 - unseen) / unseen**2)
+    to_come = ~done & pgd10 if (~done & pgd10).any() else ~done
+    q = t * np.median(weight[to_come])  # below 1, or they would not be to come
+    variance = max((difference**2 * (1 - p) / p**2).sum(), (1 - q) / q**2)
     value, error = pgd10.sum() - (difference / p).sum(), math.sqrt(variance)
     return round(100 * value / len(done), 2), max(0.01, round(100 * error / len(done), 2))
 

@@ -132,7 +132,7 @@ def estimates(pgd10, margin, left, n, seeds):
         yield eval_aa.estimate(pgd10, np.where(done, left, 0), done, *order)  # it sees no more than that
 
 
-@pytest.mark.parametrize("n", (50, 200, 800))
+@pytest.mark.parametrize("n", (50, 200, 600))
 def test_the_estimate_is_unbiased_over_orders_and_its_error_covers_it(n):
     pgd10, margin, left = population()
     assert 3 < (left & ~pgd10).sum() < 12 < (pgd10 & ~left).sum() < 60
@@ -149,14 +149,16 @@ def test_the_estimate_is_unbiased_over_orders_and_its_error_covers_it(n):
 
 
 def test_the_estimate_by_hand_and_at_the_end():
-    """Four images, two done. t = 0.2, so p = 0.8 and 0.2; PGD-10 loses the second one, and withstands none of
-    the others: 100 (2 - 1 / 0.2) / 4. Its variance 0.8 / 0.04 exceeds that of one of weight 1, q = 0.2."""
-    pgd10, robust = np.array([1, 1, 0, 0], bool), np.array([1, 0, 0, 0], bool)
-    weight, key = np.array([4, 1, 1, 0.5]), np.array([0.05, 0.1, 0.2, 0.9])
-    assert eval_aa.estimate(pgd10, robust, key < 0.15, weight, key) == (-75, round(25 * 20**0.5, 2))
-    # with no difference: one unseen of weight min(median of 4 and 1, largest to come 1), q = 0.2
-    assert eval_aa.estimate(pgd10, pgd10, key < 0.15, weight, key) == (50, round(25 * 20**0.5, 2))
-    assert eval_aa.estimate(pgd10, robust, key < 1, weight, key) == (25, 0)
+    """Five images, two done. t = 0.2, so p = 0.8 and 0.2. PGD-10 withstands three and AutoAttack breaks the
+    second: 100 (3 - 1 / 0.2) / 5, with the variance 0.8 / 0.04. One to come withstands PGD-10, with weight 2."""
+    pgd10, robust = np.array([1, 1, 1, 0, 0], bool), np.array([1, 0, 0, 0, 0], bool)
+    weight, key = np.array([4, 1, 2, 1, 0.5]), np.array([0.05, 0.1, 0.2, 0.3, 0.9])
+    assert eval_aa.estimate(pgd10, robust, key < 0.15, weight, key) == (-40, round(20 * 20**0.5, 2))
+    # with no difference: q = 2 * 0.2; if no image to come withstands PGD-10, q = 0.75 * 0.3
+    assert eval_aa.estimate(pgd10, pgd10, key < 0.15, weight, key) == (60, round(20 * (0.6 / 0.16) ** 0.5, 2))
+    q = 0.75 * 0.3
+    assert eval_aa.estimate(pgd10, pgd10, key < 0.25, weight, key) == (60, round(20 * (1 - q) ** 0.5 / q, 2))
+    assert eval_aa.estimate(pgd10, robust, key < 1, weight, key) == (20, 0)
 
 
 def test_weights_and_keys_by_hand():
