@@ -366,7 +366,8 @@ def put_back(copied):
 WORLD, RANK = (int(os.environ[key]) if dist.is_torchelastic_launched() else default
                for key, default in (("WORLD_SIZE", 1), ("RANK", 0)))
 SHARD = slice(RANK, None, WORLD)
-progress = partial(tqdm, leave=False, disable=True if RANK else None)  # a bar if stderr is a terminal
+# A bar if stderr is a terminal; it may be closed.
+progress = partial(tqdm, leave=False, disable=True if RANK or sys.stderr is None else None)
 
 
 # The command line
@@ -501,6 +502,8 @@ def run_script(main):
         stop(2, f"error: {e}")
     except FloatingPointError as e:
         stop(1, f"stopped: {e}; the last checkpoint, if there is one, is of an earlier epoch")
+    except torch._dynamo.exc.BackendCompilerFailed as e:  # no C++ compiler, for example
+        stop(2, f"error: --compile: {str(e).splitlines()[0]}")
     except KeyboardInterrupt:
         stop(130, "interrupted: to continue, add --resume; an evaluation needs no flag")
     finally:
