@@ -62,7 +62,6 @@ def attack_list(text):
 
 
 def parse_args(argv=None):
-    """The arguments of a command line. One that contradicts itself is refused with exit status 2."""
     p = utils.Parser(description=__doc__)
     p.add_argument("target", type=Path, help="a run's folder or a checkpoint file")
     p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run's folder")
@@ -182,7 +181,7 @@ def misfit(model, images):
 
 def checked_misfit(model, images):
     """The misfit. If it is high, a warning names the normalisation under which it is lowest."""
-    value, given, tried = misfit(model, images), getattr(model, "normalize", None), {}
+    value, given, tried = misfit(model, images), model.normalize, {}
     if value is None or value <= MISFIT:
         return value
     for name, constants in NORMALISATIONS.items():
@@ -360,8 +359,7 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
         if result["complete"]:
             return result
 
-        _, key = priority(arrays["pgd10"], arrays["margin"], seed)
-        order = torch.from_numpy(key.argsort())
+        order = torch.from_numpy(priority(arrays["pgd10"], arrays["margin"], seed)[1].argsort())
         aa = make_autoattack(model, eps, seed, images.device, min(9, result["num_classes"] - 1))
         starts = range(result["n_done"], min(len(labels), stop_after or len(labels)), batch_size)
         rounds = [starts[i : i + utils.WORLD] for i in range(0, len(starts), utils.WORLD)]  # one a process
@@ -401,8 +399,7 @@ def main():
     dataset = args.dataset or trained.get("dataset", "cifar10")
     data = load_dataset(dataset, device, args.data_dir or trained.get("data_dir", "data"))
     eps = trained.get("eps", 8 / 255) if args.eps is None else args.eps
-    total = len(data.test_labels)
-    n = args.n or total
+    n, total = args.n or len(data.test_labels), len(data.test_labels)
     if n > total or data.num_classes != about["num_classes"]:
         raise InputError(f"{dataset} has {data.num_classes} classes and {total:,} test images, not "
                          f"{about['num_classes']} and {n:,}")
