@@ -30,7 +30,7 @@ from utils import HERE, NOT_A_SETTING, InputError, Parser, best, differences, ru
 
 # The rows without a trick. A row is compared with the one of its script, or with the same of its own network.
 BASES = {"train_pgdat.py": "t2-base", "train_trades.py": "t12-r18-wd5e-4-relu-bneval"}
-LAPTOP = {"clean": "clean", "pgd10": "pgd10", "apgd": "aa"}  # measured there: the paper's figure beside it
+LAPTOP = ("clean", "pgd10", "apgd")  # what is measured at laptop scale
 HOW = ("precision", "compile", "eval_every", "eval_from")  # how a run was done and tested, not what it is
 WORDS = {"ls": "label smoothing", "wd": "weight decay", "ema": "weight averaging",
          "awp": "weight perturbation", "n_train": "training images"}
@@ -115,16 +115,16 @@ def read_rows(laptop=False, roots=("results", "runs")):
         folders = [folder for root in folders for folder in sorted(root.glob("laptop*"))]
     lines = listing(*["--laptop"] * laptop).splitlines()
     lines = [[field.strip() for field in line.split("|")] for line in lines]
-    distinct, found, rows = {}, {}, {}
+    distinct, same, rows = {}, {}, {}  # distinct runs by what makes them so; the run of each id; all rows
     for row, _, command in lines:
         if not command.startswith("= "):
             setting, evaluation = parse(command)
             new = Row(row, {}, row, command.partition(" ;")[0], setting, evaluation, {})
-            found[row] = distinct.setdefault(str((setting, evaluation.which)) if laptop else row, new)
-            find_runs(found[row], row, folders)
+            same[row] = distinct.setdefault(str((setting, evaluation.which)) if laptop else row, new)
+            find_runs(same[row], row, folders)
     for row, paper, command in lines:
         figures = dict(zip(METRICS, (None if v == "-" else float(v) for v in paper.split("/"))))
-        run = found[command[2:] if command.startswith("= ") else row]
+        run = same[command[2:] if command.startswith("= ") else row]
         rows[row] = run._replace(id=row, paper={} if laptop else figures)
     return rows
 
@@ -132,7 +132,7 @@ def read_rows(laptop=False, roots=("results", "runs")):
 def find_runs(row, name, roots):
     """Add the runs in the folders NAME and NAME@SEED to row.runs. A warning names what does not count."""
     file = "result.json" if row.evaluation.which == "best" else "result_last.json"
-    for folder in (folder for root in roots for folder in sorted(root.glob(f"{name}*"))):
+    for folder in [folder for root in roots for folder in sorted(root.glob(f"{name}*"))]:
         match = re.fullmatch(rf"{re.escape(name)}(?:@(\d+))?", folder.name)
         run = read_run(folder, file) if match else None
         if run is None:
@@ -288,11 +288,10 @@ def without_base(row, rows, flags):
 def show_table(table, rows, laptop=None):
     """A table's rows, or at laptop scale its distinct runs: our figures (at full scale beside the paper's)
     and effects beside the paper's, and the seeds that these take."""
-    ours, metrics = (laptop, LAPTOP) if laptop else (rows, {m: m for m in METRICS})
+    ours, metrics = (laptop, LAPTOP) if laptop else (rows, METRICS)
     shown, lines, notes = {}, [], []
-    for row in rows.values():
-        if row.table == table and row.id in ours:
-            shown.setdefault(ours[row.id].run if laptop else row.id, row)
+    for row in (row for row in rows.values() if row.table == table and row.id in ours):
+        shown.setdefault(ours[row.id].run if laptop else row.id, row)
     found = effects(ours, metrics)
     for row in shown.values():
         own, papers = ours[row.id], paper_effect(row, rows)
@@ -310,8 +309,7 @@ def show_table(table, rows, laptop=None):
 
 
 def show_status(rows):
-    """Of each distinct run that has begun the seeds that are done, and the epoch of the others; and how many
-    have begun, by table."""
+    """How many distinct runs of each table have begun, and how far each seed of these is."""
     lines, distinct = [], [row for row in rows.values() if row.run == row.id]
     for table in dict.fromkeys(row.table for row in distinct):
         members = [row for row in distinct if row.table == table]
@@ -320,9 +318,12 @@ def show_status(rows):
         for row in begun:
             # AutoAttack is done with all images; of some of its attacks an estimate is enough.
             done = row.figures("aa" if row.evaluation.attacks == eval_aa.STANDARD else "clean")
-            states = [f"seed {seed} done" if seed in done else
-                      f"seed {seed} at epoch {max(len(run.log) for run in runs)}"
-                      for seed, runs in sorted(row.runs.items())]
+            states = []
+            for seed, runs in sorted(row.runs.items()):
+                state = f"at epoch {max(len(run.log) for run in runs)}"
+                if any(run.result for run in runs):
+                    state = "done" if seed in done else "evaluated in part"
+                states.append(f"seed {seed} {state}")
             lines.append(f"    {row.id:40} {', '.join(states)}")
     return "\n".join(lines)
 
