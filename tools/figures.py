@@ -75,19 +75,20 @@ def draw_figure(rows):
     fig, axes = subplots(2, 9, 4.4)
     # Figure 1 has 14 rows: from the ninth on the lines are dashed and the paper's figures square.
     looks = [(colour, line, marker) for line, marker in (("-", "o"), ("--", "s")) for colour in COLOURS]
-    for (row, logs), (colour, line, marker) in zip(rows, looks):
-        for ax, metric in zip(axes[0], ("clean", "pgd10")):
+    for ax, metric in zip(axes[0], ("clean", "pgd10")):
+        for (row, logs), (colour, line, marker) in zip(rows, looks):
             for i, log in enumerate(logs):
                 key = f"{split_of(log)}_{metric}"
                 plot(ax, log, key, line, color=colour, alpha=0.3 if i else 1)
                 plot(ax, [best(log)], key, "*", color=colour, markersize=9)
             if row.paper[metric] is not None:
                 ax.plot(row.setting["epochs"], row.paper[metric], marker, color=colour, mfc="none")
-            ax.set(xlabel="epoch", ylabel=f"{METRICS[metric]} accuracy (%)")
-        axes[0, 0].plot([], [], line, color=colour, label=row.id if logs else f"{row.id} (not run)")
-    axes[0, 0].plot([], [], "k*", label="best epoch")
-    axes[0, 0].plot([], [], "ko", label="hollow: the paper's best epoch", markerfacecolor="none")
-    fig.legend(loc="outside lower center", ncols=3)
+            ax.plot([], [], line, color=colour, label=row.id if logs else f"{row.id} (not run)")
+        ax.plot([], [], "k*", label="best epoch")
+        ax.plot([], [], "ko", label="hollow: the paper's best epoch", mfc="none")
+        ax.set(xlabel="epoch", ylabel=f"{METRICS[metric]} accuracy (%)")
+        ax.set_xlim(left=0)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
 
