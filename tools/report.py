@@ -40,7 +40,7 @@ Figures: the mean over seeds ± their standard deviation; a seed's is the mean o
 (bf16 less fp32: +0.08 ± 0.10 clean over eight pairs). ~: an estimate from some images, which counts nowhere.
 Effects: less the row without a trick of the same network and eps, paired by seed, ± a standard error from one
 variance pooled over all rows. Bold: beyond two of these."""
-NEEDED = f"Seeds needed: for the paper's effect on AA to be two standard errors, if seeds vary by {DEVIATION}."
+NEEDED = f"Seeds needed: for the paper's effect on AA to be two standard errors if seeds vary by {DEVIATION}."
 SCALE = """\
 A tiny network, 2,500 images and 44 epochs reproduce no figure. Rows that differ in their network alone are
 one run, beside the first of them. APGD: what APGD-CE and APGD-T leave of some images; the paper's is AA."""
