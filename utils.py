@@ -78,8 +78,9 @@ def load_dataset(name, device="cpu", data_dir="data"):
             raise InputError(f"{path}: {split}_images is {images.dtype} {images.shape} and {split}_labels "
                              f"{labels.shape}, not uint8 (N, 32, 32, 3) and (N,)")
         arrays[f"{split}_labels"] = labels.astype(np.int64)
-    if not np.array_equal(np.unique(arrays["train_labels"]), np.arange(num_classes)):
-        raise InputError(f"{path}: train_labels has not every class from 0 to {num_classes - 1}")
+    every = np.array_equal(np.unique(arrays["train_labels"]), np.arange(num_classes))
+    if not every or arrays["test_labels"].min() < 0:
+        raise InputError(f"{path}: labels are not 0 to {num_classes - 1}, each of them in train_labels")
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(a) for a in arrays.values())).hexdigest()
     return Dataset(*(torch.from_numpy(a).to(device) for a in arrays.values()), num_classes, digest)
 
@@ -502,10 +503,12 @@ def run_script(main):
         stop(2, f"error: {e}")
     except FloatingPointError as e:
         stop(1, f"stopped: {e}; the last checkpoint, if there is one, is of an earlier epoch")
-    except torch._dynamo.exc.BackendCompilerFailed as e:  # no C++ compiler, for example
-        stop(2, f"error: --compile: {str(e).splitlines()[0]}")
     except KeyboardInterrupt:
         stop(130, "interrupted: to continue, add --resume; an evaluation needs no flag")
+    except RuntimeError as e:
+        if not isinstance(e, torch._dynamo.exc.BackendCompilerFailed):
+            raise
+        stop(2, f"error: --compile: {str(e).splitlines()[0]}")  # no C++ compiler, for example
     finally:
         LOCKS.clear()
 
@@ -827,11 +830,14 @@ def write_whole(path, write):
         with open(temporary, "wb") as file:
             file.write(whole.getbuffer())
             file.flush()
-            os.fsync(file.fileno())  # where a full disk or quota may show first
+            try:
+                os.fsync(file.fileno())  # where a full disk or quota may show first
+            except OSError as e:
+                if e.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system without it
+                    raise
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system without fsync
-            temporary.unlink(missing_ok=True)
-            raise InputError(f"{path} cannot be written: {e.strerror}") from None
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written: {e.strerror}") from None
     os.replace(temporary, path)
 
 
