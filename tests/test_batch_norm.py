@@ -92,7 +92,7 @@ def test_statistics_and_weights_after_a_step_equal_a_sequential_simulation(bn_mo
 
 
 def two_epochs(small_npz, *argv):
-    data, args = utils.load_dataset(small_npz), setting(*argv)
+    data, args = utils.load_dataset(small_npz), setting("--steps", 2, *argv)
     model, _, _ = problem()
     model.float()
     optimizer = utils.make_optimizer(model, args.optimizer, args.lr, args.wd, args.momentum)

@@ -32,7 +32,7 @@ def prefixed(prefix, **more):
     prefixed("module."), prefixed("1."), prefixed("module.1."), prefixed("_orig_mod."),
     prefixed("module.", n_averaged=torch.tensor(7)), prefixed("model.", mu=torch.ones(1, 3, 1, 1)),
     lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
-    lambda s: {**s, "sub_block1.layer.0.bn1.weight": torch.ones(3)}])
+    lambda s: prefixed("module.")({**s, "sub_block1.layer.0.bn1.weight": torch.ones(3)})])  # TRADES' files
 def test_forms_that_are_read(tmp_path, wrap):
     state = models.build("tiny", num_classes=7).state_dict()
     torch.save(wrap(state), tmp_path / "c.pt")
