@@ -33,7 +33,7 @@ def problem():
     return model, x, y, utils.random_start(x, 8 / 255, g)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 10])
+@pytest.mark.parametrize("steps", [1, 10])
 def test_iterates_are_those_of_equation_1(problem, steps):
     model, x, y, start = problem
     eps, alpha = 8 / 255, 2 / 255
@@ -72,19 +72,16 @@ def test_early_stopped_attack_moves_an_image_until_it_has_been_misclassified_oft
     assert len(forwards) == max(taken) + 1 < 20  # the attack ends as soon as every image has stopped
 
 
-@pytest.mark.parametrize("eps", [0.0, 1 / 255, 0.031, 8 / 255, 0.3, 1.0])
-@pytest.mark.parametrize("fill", [None, 0.0, 1.0])
-def test_stays_in_the_ball_and_in_the_box(eps, fill):
+@pytest.mark.parametrize("eps", [0.0, 0.031, 8 / 255, 1.0])
+@pytest.mark.parametrize("alpha", [2 / 255, 0.5])
+def test_stays_in_the_ball_and_in_the_box(eps, alpha):
     torch.manual_seed(0)
-    model = models.build("tiny", normalize=models.CIFAR_NORMALIZE)
-    x = torch.rand(4, 3, 32, 32) if fill is None else torch.full((4, 3, 32, 32), fill)
-    y = torch.arange(4)
-    with utils.attack_mode(model, "train"):
-        for alpha in (2 / 255, 0.5):
-            start = utils.random_start(x, eps, torch.Generator().manual_seed(0))
-            for x_adv in (start, utils.pgd(model, x, y, start, eps, alpha, 3)):
-                assert (x_adv.double() - x.double()).abs().max() <= eps + 1e-7
-                assert x_adv.min() >= 0 and x_adv.max() <= 1
+    model, x = models.build("tiny", normalize=models.CIFAR_NORMALIZE), torch.rand(4, 3, 32, 32)
+    x[0], x[1] = 0, 1
+    start = utils.random_start(x, eps, torch.Generator().manual_seed(0))
+    for x_adv in (start, utils.pgd(model, x, torch.arange(4), start, eps, alpha, 3)):
+        assert (x_adv.double() - x.double()).abs().max() <= eps + 1e-7
+        assert x_adv.min() >= 0 and x_adv.max() <= 1
 
 
 def test_random_start_is_uniform_in_the_ball():
@@ -95,8 +92,7 @@ def test_random_start_is_uniform_in_the_ball():
 
 @pytest.mark.parametrize("bn_mode", ["train", "eval"])
 def test_attack_mode_freezes_and_restores(bn_mode):
-    model = models.build("tiny")
-    model.train()
+    model = models.build("tiny").train()
     model.layer2.eval()
     model.conv1.weight.requires_grad_(False)
     modes = {n: m.training for n, m in model.named_modules()}

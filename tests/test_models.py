@@ -10,50 +10,31 @@ import models
 import models.__main__ as table
 import utils
 
-# First, last and some inner keys, typed from the naming of kuangliu/pytorch-cifar and yaodongyu/TRADES.
+# Some keys, typed from the naming of kuangliu/pytorch-cifar and yaodongyu/TRADES.
 KEYS = {
-    "preactresnet-18": {
-        "conv1.weight": (64, 3, 3, 3), "layer2.0.shortcut.0.weight": (128, 64, 1, 1),
-        "layer4.1.bn2.running_var": (512,), "bn.num_batches_tracked": (), "linear.bias": (10,)},
-    "preactresnet-50": {
-        "conv1.weight": (64, 3, 3, 3), "layer1.0.shortcut.0.weight": (256, 64, 1, 1),
-        "layer4.0.conv3.weight": (2048, 512, 1, 1), "bn.weight": (2048,), "linear.bias": (10,)},
-    "wrn-28-10": {
-        "conv1.weight": (16, 3, 3, 3), "block3.layer.3.conv2.weight": (640, 640, 3, 3), "fc.bias": (10,)},
-    "wrn-34-10": {
-        "conv1.weight": (16, 3, 3, 3), "block1.layer.0.convShortcut.weight": (160, 16, 1, 1),
-        "block2.layer.4.conv2.weight": (320, 320, 3, 3), "block3.layer.0.conv1.weight": (640, 320, 3, 3),
-        "bn1.running_mean": (640,), "fc.weight": (10, 640), "fc.bias": (10,)},
-    "wrn-34-20": {
-        "conv1.weight": (16, 3, 3, 3), "block3.layer.4.conv2.weight": (1280, 1280, 3, 3), "fc.bias": (10,)},
-    "resnet-18": {
-        "conv1.weight": (64, 3, 3, 3), "bn1.weight": (64,), "layer2.0.shortcut.0.weight": (128, 64, 1, 1),
-        "layer3.0.shortcut.1.running_var": (256,), "linear.bias": (10,)},
-    "resnet-50": {
-        "conv1.weight": (64, 3, 3, 3), "layer2.0.conv2.weight": (128, 128, 3, 3),
-        "layer3.5.conv3.weight": (1024, 256, 1, 1), "linear.bias": (10,)},
-    "senet-18": {
-        "conv1.weight": (64, 3, 3, 3), "layer1.0.fc1.weight": (4, 64, 1, 1), "layer4.1.fc2.bias": (512,),
-        "linear.bias": (10,)},
-    "densenet-121": {
-        "conv1.weight": (64, 3, 3, 3), "dense1.5.conv1.weight": (128, 224, 1, 1),
-        "trans2.conv.weight": (256, 512, 1, 1), "bn.running_var": (1024,), "linear.bias": (10,)},
-    "densenet-201": {
-        "conv1.weight": (64, 3, 3, 3), "dense4.31.conv1.weight": (128, 1888, 1, 1), "linear.bias": (10,)},
-    "googlenet": {
-        "pre_layers.0.weight": (192, 3, 3, 3), "a3.b2.3.weight": (128, 96, 3, 3), "b4.b3.6.bias": (64,),
-        "e4.b4.2.running_var": (128,), "linear.bias": (10,)},
-    "dpn-26": {
-        "conv1.weight": (64, 3, 3, 3), "layer2.0.shortcut.1.bias": (544,),
-        "layer4.1.conv3.weight": (2176, 768, 1, 1), "linear.bias": (10,)},
-    "dpn-92": {
-        "conv1.weight": (64, 3, 3, 3), "layer3.19.conv1.weight": (384, 1504, 1, 1), "linear.bias": (10,)},
-    "resnext-29": {
-        "conv1.weight": (64, 3, 1, 1), "layer2.1.conv2.weight": (256, 128, 3, 3), "linear.bias": (10,)},
-    "regnetx-200mf": {
-        "conv1.weight": (64, 3, 3, 3), "layer4.6.conv2.weight": (368, 8, 3, 3), "linear.bias": (10,)},
-    "regnetx-400mf": {
-        "conv1.weight": (64, 3, 3, 3), "layer2.1.conv2.weight": (64, 16, 3, 3), "linear.bias": (10,)},
+    "preactresnet-18": {"conv1.weight": (64, 3, 3, 3), "layer2.0.shortcut.0.weight": (128, 64, 1, 1),
+                        "layer4.1.bn2.running_var": (512,), "bn.num_batches_tracked": ()},
+    "preactresnet-50": {"layer1.0.shortcut.0.weight": (256, 64, 1, 1), "bn.weight": (2048,),
+                        "layer4.0.conv3.weight": (2048, 512, 1, 1)},
+    "wrn-28-10": {"block3.layer.3.conv2.weight": (640, 640, 3, 3)},
+    "wrn-34-10": {"conv1.weight": (16, 3, 3, 3), "block1.layer.0.convShortcut.weight": (160, 16, 1, 1),
+                  "block2.layer.4.conv2.weight": (320, 320, 3, 3), "bn1.running_mean": (640,),
+                  "block3.layer.0.conv1.weight": (640, 320, 3, 3), "fc.weight": (10, 640)},
+    "wrn-34-20": {"block3.layer.4.conv2.weight": (1280, 1280, 3, 3)},
+    "resnet-18": {"conv1.weight": (64, 3, 3, 3), "bn1.weight": (64,), "linear.weight": (10, 512),
+                  "layer2.0.shortcut.0.weight": (128, 64, 1, 1), "layer3.0.shortcut.1.running_var": (256,)},
+    "resnet-50": {"layer2.0.conv2.weight": (128, 128, 3, 3), "layer3.5.conv3.weight": (1024, 256, 1, 1)},
+    "senet-18": {"layer1.0.fc1.weight": (4, 64, 1, 1), "layer4.1.fc2.bias": (512,)},
+    "densenet-121": {"dense1.5.conv1.weight": (128, 224, 1, 1), "trans2.conv.weight": (256, 512, 1, 1)},
+    "densenet-201": {"dense4.31.conv1.weight": (128, 1888, 1, 1), "bn.running_var": (1920,)},
+    "googlenet": {"pre_layers.0.weight": (192, 3, 3, 3), "a3.b2.3.weight": (128, 96, 3, 3),
+                  "b4.b3.6.bias": (64,), "e4.b4.2.running_var": (128,)},
+    "dpn-26": {"layer2.0.shortcut.1.bias": (544,), "layer4.1.conv3.weight": (2176, 768, 1, 1)},
+    "dpn-92": {"layer3.19.conv1.weight": (384, 1504, 1, 1), "layer4.2.bn3.running_var": (2176,)},
+    "resnext-29": {"conv1.weight": (64, 3, 1, 1), "layer2.1.conv2.weight": (256, 128, 3, 3)},
+    "regnetx-200mf": {"layer3.3.bn3.bias": (152,), "layer4.6.conv2.weight": (368, 8, 3, 3)},
+    "regnetx-400mf": {"layer2.1.conv2.weight": (64, 16, 3, 3), "layer4.11.bn3.running_var": (384,)},
+    "tiny": {"linear.weight": (10, 128)},
 }
 # Keys of a whole state dict: a layer too many or too few shows.
 NUMBER_OF_KEYS = {
@@ -72,9 +53,8 @@ def on_meta(name, **kwargs):
 @pytest.mark.parametrize("name", NUMBER_OF_KEYS)
 def test_state_dict_names_and_shapes(name):
     state = on_meta(name, normalize=models.CIFAR_NORMALIZE, bf16=True).state_dict()
-    want = KEYS.get(name, {})
-    assert {k: tuple(state[k].shape) for k in want} == want
-    assert not want or (list(state)[0] == list(want)[0] and list(state)[-1] == list(want)[-1])
+    assert {k: tuple(state[k].shape) for k in KEYS[name]} == KEYS[name]
+    assert list(state)[-1] == ("fc.bias" if "wrn" in name else "linear.bias")
     assert not [k for k in state if "normal" in k or "act" in k]
     assert len(state) == NUMBER_OF_KEYS[name]
 
