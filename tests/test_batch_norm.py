@@ -91,29 +91,6 @@ def test_statistics_and_weights_after_a_step_equal_a_sequential_simulation(bn_mo
         torch.testing.assert_close(m.running_var, var, rtol=1e-9, atol=1e-12)
 
 
-def two_epochs(small_npz, *argv):
-    data, args = utils.load_dataset(small_npz), setting("--steps", 2, *argv)
-    model, _, _ = problem()
-    model.float()
-    optimizer = utils.make_optimizer(model, args.optimizer, args.lr, args.wd, args.momentum)
-    attack = attack_of(train_pgdat, model, args)
-    for epoch in range(2):
-        order = utils.seeded("cpu", "data", epoch)
-        for x, y in utils.batches(data.train_images, data.train_labels, 40, order, padding="reflect"):
-            rng = utils.seeded("cpu", 0)
-            train_pgdat.train_step(model, optimizer, attack, x, y, args.eps, epoch, rng, args)
-    return model
-
-
-def test_clean_passes_change_no_weight_in_train_mode_but_do_in_eval_mode(small_npz):
-    train = [two_epochs(small_npz, "--bn-mode", "train", "--bn-clean-passes", n) for n in (0, 1, 2)]
-    for other in train[1:]:
-        assert all(torch.equal(p, q) for p, q in zip(train[0].parameters(), other.parameters()))
-        assert not torch.equal(train[0].bn.running_mean, other.bn.running_mean)
-    evals = [two_epochs(small_npz, "--bn-mode", "eval", "--bn-clean-passes", n) for n in (0, 2)]
-    assert not torch.equal(evals[0].conv1.weight, evals[1].conv1.weight)
-
-
 @pytest.mark.parametrize("passes", [0, 1, 2])
 def test_standard_training_makes_the_clean_passes_too(passes):
     """The authors' script makes three forwards in train mode a step there as well, all of the same images."""

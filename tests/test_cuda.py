@@ -137,7 +137,7 @@ def test_graph_changes_no_bit(monkeypatch, machine, compiled, module, bn_mode):
     (train_pgdat, "--attack none", [])])
 def test_graph_in_a_run_changes_no_bit(script, small_npz, tmp_path, module, flags, replays):
     """Two epochs of batches of 40, 40 and 16 images: as many captures as shapes, a replay a step."""
-    argv = (*TINY, "--batch-size", 40, "--dataset", small_npz, "--epochs", 2, "--eval-from", 2, *flags.split())
+    argv = (*TINY, "--batch-size", 40, "--dataset", small_npz, "--epochs", 2, *flags.split())
     with pretended_gpu():
         for out, more in (("without", ()), ("with", ("--compile",))):
             status, _, err = script(module, *argv, "--out", tmp_path / out, *more)
