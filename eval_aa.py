@@ -36,7 +36,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from pyautoattack import AutoAttack
-from tqdm import tqdm
 
 import models
 import utils
@@ -63,7 +62,6 @@ def attack_list(text):
 
 
 def parse_args(argv=None):
-    """The arguments of a command line. One that contradicts itself is refused with exit status 2."""
     p = utils.Parser(description=__doc__)
     p.add_argument("target", type=Path, help="a run's folder or a checkpoint file")
     p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run's folder")
@@ -79,7 +77,7 @@ def parse_args(argv=None):
                    "with --std the deviations; default: those of CIFAR-10, as in PGD-AT")
     g.add_argument("--std", type=float, nargs=3, metavar="S", help="see --mean")
 
-    g = p.add_argument_group("attacks")
+    g = p.add_argument_group("evaluation")
     g.add_argument("--eps", type=utils.fraction,
                    help="L-inf radius on the [0, 1] scale; default: the run's, or 8/255")
     g.add_argument("--attacks", type=attack_list, default="standard",
@@ -89,15 +87,12 @@ def parse_args(argv=None):
                         "points; such a figure is 0.05 to 0.3 points too high in simulations")
     g.add_argument("--stop-after", type=int, metavar="N",
                    help="stop after the batch with the N-th image; the command without this flag continues")
-
-    g = p.add_argument_group("run")
     g.add_argument("--dataset", help="cifar10, cifar100 or an .npz's path; default: the run's, or cifar10")
     g.add_argument("--data-dir", help="folder of cifar10.npz; default: the run's, or data")
     g.add_argument("--n", type=int, help="evaluate the first N test images alone")
     g.add_argument("--seed", type=int, default=0, help="seed of the attacks and of the order of the images")
     g.add_argument("--batch-size", type=int,
-                   help="images per batch, of which later attacks see more than half at first; default: 500 "
-                        "on CUDA, 250 elsewhere")
+                   help="images per batch; default: 500 on CUDA, 250 elsewhere; later attacks see over half")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     g.add_argument("--precision", choices=("fp32", "tf32"),
                    help="fp32: strict; tf32: torch's own float32; default: tf32 on CUDA, fp32 elsewhere")
@@ -114,11 +109,8 @@ def parse_args(argv=None):
 
 def load_model(path, model=None, activation=None, no_normalize=False, mean=None, std=None):
     """(model, what the result says of it, args of its training) from a checkpoint of ours, which tells what
-    it is, or from anyone's, for which the flags tell it.
-
-    The model takes x (B, 3, 32, 32) in [0, 1], and is in eval mode and frozen. Raises InputError if the file
-    cannot be read safely, or does not fit the flags.
-    """
+    it is, or from anyone's, for which the flags do. The model takes x (B, 3, 32, 32) in [0, 1]; it is in eval
+    mode and frozen. Raises InputError if the file cannot be read safely, or does not fit the flags."""
     path, loaded = Path(path), utils.load_checkpoint(path)
     loaded = loaded if isinstance(loaded, dict) else {}
     if "data_sha256" in loaded:
@@ -153,11 +145,8 @@ def shapes(model, num_classes=10):
 
 
 def weights_in(loaded, names, path):
-    """The state dict in a file, which is the file itself or one of its values, by our names.
-
-    Left out are the prefix that all names share, such as `module.` (DataParallel), and what no layer holds:
-    the buffers of a normalisation, counters, and TRADES' sub_block1, which no forward pass uses.
-    """
+    """The state dict in a file, which is the file or one of its values, without the prefix that all names
+    share, such as `module.` (DataParallel), and without what no layer holds or, in TRADES' case, uses."""
     found = [v for v in (loaded, *loaded.values()) if isinstance(v, dict) and v
              and all(isinstance(tensor, torch.Tensor) for tensor in v.values())]
     if len(found) != 1:
@@ -173,11 +162,9 @@ def weights_in(loaded, names, path):
 @torch.no_grad()
 def misfit(model, images):
     """How far batch norm's running statistics are from what the network computes on images (N, 32, 32, 3)
-    uint8: about 0.1 in the function that was trained, more with another activation or normalisation.
-
-    The mean, over layers that have seen a batch, of the median over channels of |log((v + eps) / (running v +
-    eps))|, where v is the variance over the images. None without such a layer.
-    """
+    uint8: about 0.1 in the function that was trained, more in another. It is the mean, over layers that were
+    trained, of the median over channels of |log((v + eps) / (running v + eps))|, v being the variance over
+    the images. None without such a layer."""
     logs = []
 
     def compare(norm, inputs):
@@ -192,26 +179,29 @@ def misfit(model, images):
     return round(sum(logs) / len(logs), 3) if logs else None
 
 
-def warn_of_misfit(model, images, value):
-    """Warn that the misfit is high, and name the normalisation that fits better, if one does."""
-    given, tried = getattr(model, "normalize", None), {}
+def checked_misfit(model, images):
+    """The misfit. If it is high, a warning names the normalisation under which it is lowest."""
+    value, given, tried = misfit(model, images), model.normalize, {}
+    if value is None or value <= MISFIT:
+        return value
     for name, constants in NORMALISATIONS.items():
         model.normalize = models.Normalize(*constants).to(images.device) if constants else torch.nn.Identity()
         tried[name] = misfit(model, images)
     model.normalize, best = given, min(tried, key=tried.get)
     print("warning: are model, activation and normalisation those of its training? Batch norm's statistics "
           f"do not fit: misfit {value:.2f}, expected below {MISFIT}; with {best} it is {tried[best]:.2f}")
+    return value
 
 
-# ---- The result --------------------------------------------------------------------------------------------
+# ---- The evaluation ----------------------------------------------------------------------------------------
 
 
 def priority(pgd10, margin, seed):
     """(weight, key) of each image, (N,) float64 each, from which withstand PGD-10 and their margins after it.
 
-    AutoAttack breaks what came close to being broken, so the weight falls with the rank in [0, 1) of how
-    close the margin is to 0, among the images that withstand PGD-10 and among those that do not: a few of
-    these may withstand a single other attack. Weights decide how precise the estimate is, not its mean.
+    AutoAttack breaks what came close to being broken: the weight falls with the rank in [0, 1) of how close
+    the margin is to 0, among the images that withstand PGD-10 and among the others, of which a few may
+    withstand a single other attack. Weights decide how precise the estimate is, not its mean.
     """
     weight = np.empty(len(pgd10))
     for group, scale, least in ((pgd10, 1, 0), (~pgd10, 0.3, 0.2)):
@@ -223,15 +213,17 @@ def priority(pgd10, margin, seed):
 
 def estimate(pgd10, robust, done, weight, key):
     """(accuracy, its standard error over seeds), in per cent, by the formula at the top; (N,) arrays. robust
-    is known where done. The error is at least that of one difference not seen yet, of a likely image."""
+    is known where done. The error is at least that of one difference not seen yet, of an image of middling
+    weight among those to come that withstand PGD-10."""
     if done.all():
         return percent(torch.from_numpy(robust)), 0.0
     t, difference = key[~done].min(), pgd10[done].astype(float) - robust[done]
     p = np.minimum(1, weight[done] * t)
-    unseen = t * min(np.median(weight[pgd10]) if pgd10.any() else np.inf, weight[~done].max())  # below 1
-    variance = max((difference**2 * (1 - p) / p**2).sum(), (1 - unseen) / unseen**2)
-    scale = 100 / len(done)
-    return round(scale * (pgd10.sum() - (difference / p).sum()), 2), round(scale * math.sqrt(variance), 2)
+    to_come = ~done & pgd10 if (~done & pgd10).any() else ~done
+    q = t * np.median(weight[to_come])  # below 1, or they would not be to come
+    variance = max((difference**2 * (1 - p) / p**2).sum(), (1 - q) / q**2)
+    value, error = pgd10.sum() - (difference / p).sum(), math.sqrt(variance)
+    return round(100 * value / len(done), 2), max(0.01, round(100 * error / len(done), 2))
 
 
 def describe(model, images, labels, eps, path, attacks):
@@ -253,16 +245,16 @@ def describe(model, images, labels, eps, path, attacks):
         raise InputError(f"labels are from {labels.min()} to {labels.max()}, but there are {classes} logits")
     if (together - alone).abs().max() > 0.01 * together.abs().max():
         raise InputError("the model's logits are random, or depend on the other images of the batch")
-    tensors = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
-    return {"weights_sha256": sha256_of(tensors), "logits": together.tolist(), "num_classes": classes,
-            "data_sha256": sha256_of({"images": images, "labels": labels}), "n": len(labels), "eps": eps,
-            "attacks": attacks}
+    weights = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    data = {"images": images, "labels": labels}
+    return {"weights_sha256": sha256_of(weights), "data_sha256": sha256_of(data), "num_classes": classes,
+            "logits": together.tolist(), "n": len(labels), "eps": eps, "attacks": attacks}
 
 
 def open_result(path, about):
-    """(result, arrays) of the evaluation in the .json and the .npz beside it, or of one that begins. arrays
-    (N,): "clean", "pgd10", an attack's name: which images withstood it and those before; "done"; "margin"
-    after PGD-10. Raises InputError if the files are of another evaluation."""
+    """(result, arrays) of the evaluation in the .json and .npz, or of one that begins. arrays (N,): "clean",
+    "pgd10", an attack's name: which images withstood it and those before; "done"; "margin" after PGD-10.
+    Raises InputError if the files are of another evaluation."""
     npz = path.with_suffix(".npz")
     if not path.exists() and not npz.exists():
         return about, {}
@@ -303,7 +295,7 @@ def report(path, result, arrays, left=""):
         text += f" / {name if is_aa else ','.join(attacks) + ' (not AA)'} {max(value, 0):.2f}"
         if not result["complete"]:
             text += f" +- {error:.2f} ({n_done:,} of {result['n']:,} images){left}"
-    tqdm.write(text)
+    utils.tqdm.write(text)
 
 
 def sha256_of(tensors):
@@ -312,12 +304,8 @@ def sha256_of(tensors):
     return hashlib.sha256(b"".join(k.encode() + values[k].tobytes() for k in sorted(values))).hexdigest()
 
 
-# ---- Attacks -----------------------------------------------------------------------------------------------
-
-
 def make_autoattack(model, eps, seed, device, targets=9):
-    """AutoAttack's standard version on a model in any memory format. targets: how many classes the targeted
-    attacks try."""
+    """AutoAttack's standard version, whose targeted attacks try so many classes, on any module."""
     def forward(x):  # AutoAttack calls .view on the gradient of x, which flat memory makes contiguous
         return model(x.flatten(1).unflatten(1, x.shape[1:]))
 
@@ -340,8 +328,7 @@ def withstood(aa, attacks, x, y):
         yield attack, robust.clone()
 
 
-@torch.inference_mode(False)  # evaluation code often stands under one of the two
-@torch.enable_grad()
+@torch.inference_mode(False)  # with gradients, where evaluation code stands under inference_mode or no_grad
 def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch_size=250, stop_after=None,
                error=0.0, about=None):
     """Clean, PGD-10 and AutoAttack accuracy of any module from x (B, 3, H, W) in [0, 1] to logits (B, K).
@@ -353,16 +340,14 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
     result says. Returns the result, a dict. Raises InputError if an argument is not as described here, if the
     logits of an image depend on the others of its batch, or if the files are of another evaluation.
     """
-    path, images, labels = Path(path), images.clone(), labels.clone()  # which no longer are of inference mode
+    path, images, labels = Path(path), images.clone(), labels.clone()  # clones are not of inference mode
     with utils.lock(path.parent, f".{path.stem}.lock"), attack_mode(model, "eval"):
         about = {**describe(model, images, labels, eps, path, attacks), **utils.environment(images.device),
                  "seed": seed, "batch_size": batch_size, **(about or {})}
         result, arrays = open_result(path, json.loads(json.dumps(about)))
         if not arrays:
             if "misfit" in result:
-                result["misfit"] = misfit(model, images[:250])
-                if not (result["misfit"] or 0) <= MISFIT:
-                    warn_of_misfit(model, images[:250], result["misfit"])
+                result["misfit"] = checked_misfit(model, images[:250])
             began = time.time()
             found = evaluate(model, images, labels, eps, seed=seed, batch_size=batch_size, shard=utils.SHARD)
             found = (utils.sum_over_processes(t.cpu()).numpy() for t in found)
@@ -374,8 +359,7 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
         if result["complete"]:
             return result
 
-        _, key = priority(arrays["pgd10"], arrays["margin"], seed)
-        order = torch.from_numpy(key.argsort())
+        order = torch.from_numpy(priority(arrays["pgd10"], arrays["margin"], seed)[1].argsort())
         aa = make_autoattack(model, eps, seed, images.device, min(9, result["num_classes"] - 1))
         starts = range(result["n_done"], min(len(labels), stop_after or len(labels)), batch_size)
         rounds = [starts[i : i + utils.WORLD] for i in range(0, len(starts), utils.WORLD)]  # one a process
@@ -391,8 +375,7 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
                     row[batch] = robust.cpu()
                     bar.update()
                     if bar.disable and number == 1:  # no terminal: a sign of life
-                        print(f"{attack}: {robust.sum()} of {len(y)} images withstand, "
-                              f"{time.time() - started:.0f} s")
+                        print(f"{attack}: {robust.sum()} of {len(y)} left, {time.time() - started:.0f} s")
                 new[-1, batch] = True
             for name, values in zip((*attacks, "done"), utils.sum_over_processes(new).numpy()):
                 arrays[name] |= values
@@ -407,22 +390,19 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
 def main():
     args = parse_args()
     device = utils.start_device(args)
-    name = "result.json" if args.which == "best" else "result_last.json"
-    if args.target.is_dir():
-        path, out = args.target / f"{args.which}.pt", args.target / name
-    else:
-        path, out = args.target, args.target.with_name(f"{args.target.stem}_{name}")
+    path, name = args.target, f"{args.target.stem}_result.json"
+    if path.is_dir():
+        path, name = path / f"{args.which}.pt", "result.json" if args.which == "best" else "result_last.json"
+    out = args.out or path.with_name(name)
     model, about, trained = load_model(
         path, args.model, args.activation, args.no_normalize, args.mean, args.std)
     dataset = args.dataset or trained.get("dataset", "cifar10")
     data = load_dataset(dataset, device, args.data_dir or trained.get("data_dir", "data"))
     eps = trained.get("eps", 8 / 255) if args.eps is None else args.eps
-    total = len(data.test_labels)
-    n = args.n or total
-    if data.num_classes != about["num_classes"]:
-        raise InputError(f"{path} knows {about['num_classes']} classes, but {dataset} {data.num_classes}")
-    if n > total:
-        raise InputError(f"--n {n}: there are {total:,} test images")
+    n, total = args.n or len(data.test_labels), len(data.test_labels)
+    if n > total or data.num_classes != about["num_classes"]:
+        raise InputError(f"{dataset} has {data.num_classes} classes and {total:,} test images, not "
+                         f"{about['num_classes']} and {n:,}")
     print(f"{path}: {about['model']}, {n:,} of {total:,} test images, eps {255 * eps:.4g}/255")
     if trained.get("data_sha256", data.sha256) != data.sha256:
         print(f"note: {dataset} is not what it was trained on, by the SHA-256")
@@ -431,9 +411,9 @@ def main():
     model.to(device, memory_format=torch.channels_last)
     about |= {"data_sha256": data.sha256, "precision": args.precision}
     size = args.batch_size or (500 if device.type == "cuda" else 250)
-    autoattack(model, data.test_images[:n], data.test_labels[:n], eps, args.out or out, args.attacks,
-               args.seed, size, args.stop_after, args.error, about)
-    print(f"written to {args.out or out}")
+    autoattack(model, data.test_images[:n], data.test_labels[:n], eps, out, args.attacks, args.seed, size,
+               args.stop_after, args.error, about)
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -85,11 +85,10 @@ def parse_args(argv=None):
     g = p.add_argument_group("tricks since the paper")
     g.add_argument("--ema", type=float, default=0, metavar="DECAY",
                    help="test and save an exponential moving average of the weights, whose decay at update t "
-                        "is min(DECAY, (1 + t) / (10 + t)); 0: off")
+                        "is min(DECAY, (1 + t) / (10 + t))")
     g.add_argument("--awp", type=float, default=0, metavar="GAMMA",
                    help="adversarial weight perturbation: take the gradient with every weight tensor moved "
-                        "up the loss by GAMMA of its norm, which makes the update twice as long; its authors "
-                        "use 0.01 for PGD-AT and 0.005 for TRADES; 0: off")
+                        "up the loss by GAMMA of its norm; its authors use 0.01 for PGD-AT, 0.005 for TRADES")
     g.add_argument("--awp-warmup", type=int, default=0, metavar="EPOCHS",
                    help="epochs before --awp starts; its authors use 0 for PGD-AT and 10 for TRADES")
 
@@ -98,8 +97,7 @@ def parse_args(argv=None):
     g.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS",
                    help="test after every EPOCHS epochs, and after the last one")
     g.add_argument("--eval-from", type=int, default=1, metavar="EPOCH",
-                   help="do not test before this epoch, but always after the last one; the best one usually "
-                        "comes after the first decay")
+                   help="do not test before this epoch; the best one usually comes after the first decay")
     g.add_argument("--test-batch-size", type=int,
                    help="images per test batch; default: 1000 on CUDA, 250 elsewhere")
     g.add_argument("--out", help="folder of the run; default: runs/ and a name made of the flags")
@@ -110,8 +108,7 @@ def parse_args(argv=None):
     g.add_argument("--precision", choices=("fp32", "tf32", "bf16"),
                    help="arithmetic of the model; default: tf32 on CUDA, fp32 elsewhere")
     g.add_argument("--compile", action="store_true",
-                   help="compile the model; on CUDA also capture the training attack in a CUDA graph, which "
-                        "is faster and computes the same")
+                   help="compile the model, and on CUDA capture the attack in a CUDA graph: the same, faster")
     g.add_argument("--dry-run", action="store_true", help="print the setting and exit")
 
     args = p.parse_args(argv)
@@ -135,16 +132,15 @@ def training_attack(model, args, x, y, x_start, eps, tolerance=None):
 
 
 def train_step(model, optimizer, attack, x, y, eps, epoch, rng, args):
-    """One step of PGD-AT: the attack, then an update on its images.
+    """One step of PGD-AT: the attack, then an update on its images x'. In standard training x' is x.
 
-    attack(x, y, x_start, eps): training_attack with this model, or a CUDA graph of it; x (B, 3, 32, 32) in
+    attack(x, y, x_start, eps): training_attack of this model, or a CUDA graph of it; x (B, 3, 32, 32) in
     [0, 1], y (B,); rng: the generator of the random start. Returns what is logged: the mean loss, a scalar
-    tensor; the logits (B, K) of x'; those of x after the update, or None without that pass. In standard
-    training these are None, and the logits of x before the update.
+    tensor, and the logits (B, K) of adversarial and of clean images, None for those that were not computed.
     """
     x_adv = x
     if args.attack == "pgd":
-        if args.early_stop_pgd:
+        if args.early_stop_pgd:  # by the epoch, 1, 2 or 3 misclassifications stop an image
             attack = partial(attack, tolerance=1 + sum(epoch >= e for e in args.early_stop_pgd))
         x_adv = attack(x, y, random_start(x, eps, rng), eps)
 
@@ -156,9 +152,9 @@ def train_step(model, optimizer, attack, x, y, eps, epoch, rng, args):
         loss = smoothed_cross_entropy(logits, y, args.ls)
         optimizer.zero_grad()
         loss.backward()
-    # The authors' code makes two clean passes and logs the accuracy of the second. The model is in train
-    # mode, so both also move batch norm's running statistics, which the test uses, and with --bn-mode eval
-    # the attack. There a step moves them three times: once by adversarial images, twice by clean ones.
+    # The authors' code makes two clean passes, and logs the accuracy of the second. Both are in train mode, so
+    # they move batch norm's running statistics. These are what the test uses, and with --bn-mode eval the
+    # attack too: then one of three moves is by adversarial images, and two are by clean ones.
     if args.bn_clean_passes == 2:
         with torch.no_grad():
             model(x)
@@ -205,8 +201,9 @@ def main():
     log = utils.start_or_resume(args, saved, defaults)  # an entry for each epoch that is done
     print(f"{args.model}: {args.epochs} epochs of {len(labels):,} images, {steps_per_epoch:,} steps each")
 
+    began = time.time()
     for epoch in range(len(log), args.epochs):
-        began, meter = time.time(), utils.Meter(device)
+        meter = utils.Meter(device)
         data_rng = seeded(device, args.seed, "data", epoch)
         # Random crops and flips; the authors pad by reflection. SHARD: the part of one of several processes.
         stream = batches(images, labels, args.batch_size, data_rng, padding="reflect", shard=utils.SHARD)
@@ -232,6 +229,7 @@ def main():
         figures = meter.read() | utils.test_pgd10(tested, splits, args, epoch + 1)
         log.append({"epoch": epoch + 1, "lr": lr, "eps": eps if args.attack == "pgd" else None, **figures,
                     "seconds": round(time.time() - began, 2)})
+        began = time.time()  # so that the sum over the epochs is the run's
         utils.save(args, saved, log)
         utils.show_epoch(args, log)
     print(f"the best epoch is {utils.best(log)['epoch']}; evaluate it with: python eval_aa.py {args.out}")

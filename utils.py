@@ -23,6 +23,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -86,10 +87,9 @@ def load_dataset(name, device="cpu", data_dir="data"):
 def training_images(data, n=None, n_val=0):
     """[(images, labels) to train on, (images, labels) held out]: the first n training images, or all of them,
     less n_val. Which ones are held out depends on n alone, not on the run's seed."""
-    total = len(data.train_labels)
-    n = n or total
-    if not n_val < n <= total:
-        raise InputError(f"--n-train {n} with --val {n_val}: there are {total:,} training images")
+    n = n or len(data.train_labels)
+    if not n_val < n <= len(data.train_labels):
+        raise InputError(f"--n-train {n}, --val {n_val}: there are {len(data.train_labels)} training images")
     order = torch.from_numpy(np.random.RandomState(0).permutation(n)).to(data.train_labels.device)
     parts = order[n_val:].sort().values, order[:n_val]
     return [(data.train_images[part], data.train_labels[part]) for part in parts]
@@ -320,8 +320,11 @@ def update_average(average, model, decay, n):
     model's statistics.
     """
     decay = min(decay, (1 + n) / (10 + n))
-    for a, value in zip(average.state_dict().values(), model.state_dict().values()):
-        a.lerp_(value, 1 - decay) if a.is_floating_point() else a.copy_(value)
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
+    numbers, counters = ([p for p in pairs if p[0].is_floating_point() == kind] for kind in (True, False))
+    torch._foreach_lerp_(*map(list, zip(*numbers)), 1 - decay)  # few launches instead of one a tensor
+    for a, value in counters:
+        a.copy_(value)
 
 
 @contextlib.contextmanager
@@ -363,7 +366,8 @@ def put_back(copied):
 WORLD, RANK = (int(os.environ[key]) if dist.is_torchelastic_launched() else default
                for key, default in (("WORLD_SIZE", 1), ("RANK", 0)))
 SHARD = slice(RANK, None, WORLD)
-progress = partial(tqdm, leave=False, disable=True if RANK else None)  # a bar if stderr is a terminal
+# A bar if stderr is a terminal; it may be closed.
+progress = partial(tqdm, leave=False, disable=True if RANK or sys.stderr is None else None)
 
 
 # The command line
@@ -498,6 +502,8 @@ def run_script(main):
         stop(2, f"error: {e}")
     except FloatingPointError as e:
         stop(1, f"stopped: {e}; the last checkpoint, if there is one, is of an earlier epoch")
+    except torch._dynamo.exc.BackendCompilerFailed as e:  # no C++ compiler, for example
+        stop(2, f"error: --compile: {str(e).splitlines()[0]}")
     except KeyboardInterrupt:
         stop(130, "interrupted: to continue, add --resume; an evaluation needs no flag")
     finally:
@@ -766,15 +772,20 @@ def differences(before, now, defaults):
 
 
 def save(args, saved, log):
-    """Write last.pt, best.pt if the last epoch of the log is the best, and log.jsonl. Raises
-    FloatingPointError if a weight is not finite."""
+    """Write last.pt, best.pt if the last epoch of the log is the best, and log.jsonl: after the first epoch,
+    the best so far and the last one, and if last.pt is a minute old. Raises FloatingPointError if a weight is
+    not finite."""
+    last = Path(args.out, "last.pt")
+    ends = len(log) == args.epochs or best(log) is log[-1] or not last.exists()
+    if RANK > 0 or not ends and time.time() - last.stat().st_mtime < 60:
+        return
     checkpoint = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in saved.items()}
     weights = {k: v.cpu() for k, v in checkpoint["state_dict"].items()}  # for machines without a GPU
     if not all(v.isfinite().all() for v in weights.values()):
         raise FloatingPointError("a weight is not finite")
     checkpoint |= {"state_dict": weights, "epoch": len(log), "log": log}
-    write_whole(Path(args.out, "last.pt"), partial(torch.save, checkpoint))
-    write_best_and_log(Path(args.out), checkpoint)
+    write_whole(last, partial(torch.save, checkpoint))
+    write_best_and_log(last.parent, checkpoint)
 
 
 def write_best_and_log(out, checkpoint):
@@ -816,14 +827,11 @@ def write_whole(path, write):
         with open(temporary, "wb") as file:
             file.write(whole.getbuffer())
             file.flush()
-            try:
-                os.fsync(file.fileno())  # where a full disk or quota may show first
-            except OSError as e:
-                if e.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system without it
-                    raise
+            os.fsync(file.fileno())  # where a full disk or quota may show first
     except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written: {e.strerror}") from None
+        if e.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system without fsync
+            temporary.unlink(missing_ok=True)
+            raise InputError(f"{path} cannot be written: {e.strerror}") from None
     os.replace(temporary, path)
 
 

@@ -1,6 +1,6 @@
 """The paper's tables and figures, ours beside theirs, from the runs in results/ and runs/.
 
-    python -m tools.report                  which runs are done, running, partly evaluated, missing
+    python -m tools.report                  which seeds are done, and the epoch of what is under way
     python -m tools.report t4               a table (t2 ... t9, t12, t13, s1, x): figures and effects
     python -m tools.report t4 --laptop      what the tricks change at laptop scale, beside what the paper's do
     python -m tools.report f1               learning curves of a figure's rows (f1 to f4): figures/f1.png
@@ -8,18 +8,16 @@
     python -m tools.report effects          the paper's effects against ours: results/effects.png and a table
     python -m tools.report measured         the table in results/README.md of what is in there
 
-A run counts only if its setting is that of the row that its folder, ROW or ROW@SEED, is named after, and its
-result only if it is of the run's own eps, data set, network and number of images.
+A run counts if its setting is that of the row that its folder, ROW or ROW@SEED, is named after. Its result
+counts if training is complete, and it is of the best epoch (of the last one, if the row is judged by that).
 """
 
-import contextlib
 import datetime
-import functools
 import importlib
-import io
 import json
 import math
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,35 +26,24 @@ from typing import NamedTuple
 
 import eval_aa
 from tools.figures import METRICS, draw_effects, draw_figure, draw_runs
-from utils import HERE, NOT_A_SETTING, InputError, Parser, differences, run_script
+from utils import HERE, NOT_A_SETTING, InputError, Parser, best, differences, run_script
 
 # The rows without a trick. A row is compared with the one of its script, or with the same of its own network.
 BASES = {"train_pgdat.py": "t2-base", "train_trades.py": "t12-r18-wd5e-4-relu-bneval"}
-LAPTOP = {"clean": "clean", "pgd10": "pgd10", "apgd": "aa"}  # measured there: the paper's figure beside it
-WORDS = {"ls": "label smoothing", "ema": "weight averaging", "awp": "weight perturbation"}
-LIMITS = {"clean": 1.0, "pgd10": 1.0, "aa": 0.6}  # a figure further off the paper's is bold
-TESTING = ("eval_every", "eval_from")
+LAPTOP = ("clean", "pgd10", "apgd")  # what is measured at laptop scale
+HOW = ("precision", "compile", "eval_every", "eval_from")  # how a run was done and tested, not what it is
+WORDS = {"ls": "label smoothing", "wd": "weight decay", "ema": "weight averaging",
+         "awp": "weight perturbation", "n_train": "training images"}
 DEVIATION = 0.57  # of AA between seeds, of the best checkpoints of one setting: the largest published
-EFFECTS = """\
-Effects: ours (the paper's), against the row without a trick of the same network and eps, paired by seed and
-precision, ± a standard error from one variance pooled over all rows. Bold: beyond two of these."""
-LEGEND = f"""\
-Figures: the mean of our seeds ± their standard deviation (the paper's figure, ours less it). Bold: off by
-more than 1.0, in AA 0.6. ~: AutoAttack of some images only, an estimate that counts nowhere.
-{EFFECTS}
-Seeds needed: with so many of each setting the paper's effect on AA is two standard errors, if AA varies
-between seeds by {DEVIATION}, the largest standard deviation that others published."""
-LAPTOP_LEGEND = f"""\
-{EFFECTS}
+LEGEND = """\
+Figures: the mean over seeds ± their standard deviation; a seed's is the mean of its runs in any precision
+(bf16 less fp32: +0.08 ± 0.10 clean over eight pairs). ~: an estimate from some images, which counts nowhere.
+Effects: less the row without a trick of the same network and eps, paired by seed, ± a standard error from one
+variance pooled over all rows. Bold: beyond two of these."""
+NEEDED = f"Seeds needed: for the paper's effect on AA to be two standard errors if seeds vary by {DEVIATION}."
+SCALE = """\
 A tiny network, 2,500 images and 44 epochs reproduce no figure. Rows that differ in their network alone are
-one run, beside the first of them. APGD: what APGD-CE and APGD-T leave, estimated from some images; the
-paper's AA is beside it."""
-SPOILT = "† The last batch of an epoch has 4 images, which spoil batch norm's running statistics."
-
-
-@functools.cache  # once each
-def warn(text):
-    print(f"warning: {text}", file=sys.stderr)
+one run, beside the first of them. APGD: what APGD-CE and APGD-T leave of some images; the paper's is AA."""
 
 
 # ---- Reading -----------------------------------------------------------------------------------------------
@@ -65,70 +52,40 @@ def warn(text):
 class Run(NamedTuple):
     """A run's folder: args.json or None, log.jsonl or [], the result of the checkpoint asked for or None."""
 
-    folder: Path
     record: dict | None
     log: list
     result: dict | None
 
-    def about(self, key):
-        """A value that args.json and result have in common."""
-        return (self.record or self.result)[key]
-
-    @property
-    def precision(self):
-        return self.record["args"]["precision"] if self.record else self.result["precision"]
-
     def figure(self, metric):
         """"clean", "pgd10", "aa" if complete, or "apgd", which may be of some images. None if unknown."""
-        if metric == "apgd":
-            return self.result["left"].get("apgd-t", [None])[0] if self.result["n_done"] else None
-        return self.result[metric] if metric != "aa" or self.result["complete"] else None
-
-    def seconds(self):
-        """Of training and evaluation."""
-        stages = self.result["seconds"].values() if self.result else ()
-        return sum(stages) + sum(entry["seconds"] for entry in self.log)
+        if self.result is None or metric == "aa" and not self.result["complete"]:
+            return None
+        return self.result["left"].get("apgd-t", [None])[0] if metric == "apgd" else self.result[metric]
 
 
 class Row(NamedTuple):
-    """A line of run_all.sh, and its runs.
-
-    paper: {"clean": 82.52, "pgd10": 53.58, "aa": None}; nothing at laptop scale. run: the row that it is the
-    same run as, often itself. command: that run's. setting: the script and what its flags resolve to, or {}
-    if a checkpoint is only evaluated. evaluation: eval_aa.py's arguments. runs: {(seed, precision): [Run]},
-    several if their commits differ.
-    """
+    """A line of run_all.sh, and its runs."""
 
     id: str
-    paper: dict
-    run: str
-    command: str
-    setting: dict
-    evaluation: object
-    runs: dict
+    paper: dict         # {"clean": 82.52, "pgd10": 53.58, "aa": None}
+    run: str            # the row that it is the same run as, often itself
+    flags: str          # of that run: its script and flags
+    setting: dict       # the script and what its flags resolve to; {} if a checkpoint is only evaluated
+    evaluation: object  # eval_aa.py's arguments
+    runs: dict          # {seed: [Run]}
 
     @property
     def table(self):
         return self.id.partition("-")[0]
 
-    def all_runs(self):
-        return [run for runs in self.runs.values() for run in runs]
+    def evaluated(self):
+        return [run for runs in self.runs.values() for run in runs if run.result]
 
-    def precisions(self):
-        """Those of the runs that are evaluated."""
-        return list(dict.fromkeys(run.precision for run in self.all_runs() if run.result))
-
-    def evaluated(self, precision):
-        return [run for run in self.all_runs() if run.result and run.precision == precision]
-
-    def figures(self, metric, precision):
-        """{seed: figure, the mean if it has several runs}, where it is known."""
-        found = {}
-        for (seed, computed_in), runs in self.runs.items():
-            figures = [run.figure(metric) for run in runs if run.result and computed_in == precision]
-            if known := [figure for figure in figures if figure is not None]:
-                found[seed] = statistics.mean(known)
-        return found
+    def figures(self, metric):
+        """{seed: the mean of its runs}, where it is known."""
+        known = {seed: [run.figure(metric) for run in runs if run.figure(metric) is not None]
+                 for seed, runs in sorted(self.runs.items())}
+        return {seed: statistics.mean(figures) for seed, figures in known.items() if figures}
 
 
 def listing(*flags):
@@ -149,89 +106,54 @@ def parse(command):
 
 
 def read_rows(laptop=False, roots=("results", "runs")):
-    """{id: Row}, as run_all.sh lists them. A row whose script or flags fail is left out with a warning. At
-    laptop scale rows may differ in their network alone: they are one run then, the first one's."""
-    lines = listing(*["--laptop"] * laptop).splitlines()
-    fields = [[field.strip() for field in line.split("|")] for line in lines]
+    """{id: Row}, as run_all.sh lists them. At laptop scale rows that differ in their network alone are one
+    run, named after the first of them; its folder may have the name of any."""
     folders = [Path(root) for root in roots]
     if laptop:  # results/laptop-fp32 too
         folders = [folder for root in folders for folder in sorted(root.glob("laptop*"))]
-    rows, built, first = {}, {}, {}
-    for row, _, command in fields:
+    lines = listing(*["--laptop"] * laptop).splitlines()
+    lines = [[field.strip() for field in line.split("|")] for line in lines]
+    distinct, same, rows = {}, {}, {}  # distinct runs by what makes them so; the run of each id; all rows
+    for row, _, command in lines:
         if not command.startswith("= "):
-            try:
-                with contextlib.redirect_stderr(io.StringIO()) as said:
-                    new = Row(row, {}, row, command, *parse(command), {})
-            except (Exception, SystemExit) as e:  # somebody's own script, half-written
-                warn(f"row {row} is left out: {said.getvalue().strip() or repr(e)}")
-                continue
-            identity = str((new.setting, new.evaluation.which)) if laptop else row
-            built[row] = first.setdefault(identity, new)
-            find_runs(new, folders, built[row].runs)  # a folder may have the name of any of them
-    for row, paper, command in fields:
-        run = command[2:] if command.startswith("= ") else row
-        if run in built:
-            figures = [None if v == "-" or laptop else float(v) for v in paper.split("/")]
-            rows[row] = built[run]._replace(id=row, paper=dict(zip(METRICS, figures)))
+            setting, evaluation = parse(command)
+            new = Row(row, {}, row, command.partition(" ;")[0], setting, evaluation, {})
+            same[row] = distinct.setdefault(str((setting, evaluation.which)) if laptop else row, new)
+            find_runs(same[row], row, folders)
+    for row, paper, command in lines:
+        figures = dict(zip(METRICS, (None if v == "-" else float(v) for v in paper.split("/"))))
+        run = same[command[2:] if command.startswith("= ") else row]
+        rows[row] = run._replace(id=row, paper={} if laptop else figures)
     return rows
 
 
-def find_runs(row, roots, found):
-    """Add a row's runs to found, {(seed, precision): [Run, ...]}. One of another setting, and one that
-    repeats an evaluated run at the same commit, is skipped with a warning."""
-    name = "result.json" if row.evaluation.which == "best" else "result_last.json"
-    for folder in (folder for root in roots for folder in sorted(root.glob(f"{row.run}*"))):
-        match = re.fullmatch(rf"{re.escape(row.run)}(?:@(\d+))?", folder.name)
-        run = read_run(folder, name) if match else None
+def find_runs(row, name, roots):
+    """Add the runs in the folders NAME and NAME@SEED to row.runs. A warning names what does not count."""
+    file = "result.json" if row.evaluation.which == "best" else "result_last.json"
+    for folder in [folder for root in roots for folder in sorted(root.glob(f"{name}*"))]:
+        match = re.fullmatch(rf"{re.escape(name)}(?:@(\d+))?", folder.name)
+        run = read_run(folder, file) if match else None
         if run is None:
             continue
         seed = int(match[1] or 0)
         if differ := deviations(run, row, seed):
-            warn(f"{folder} is not row {row.run} ({'; '.join(differ)}): skipped")
+            print(f"warning: {folder} is not row {name} ({'; '.join(differ)}): skipped", file=sys.stderr)
             continue
         if run.result and (differ := of_another_evaluation(run, row)):
-            warn(f"{folder / name} is of another evaluation ({'; '.join(differ)}): skipped")
-            if run.record is None:
-                continue
+            print(f"warning: {folder / file} does not count: {'; '.join(differ)}", file=sys.stderr)
             run = run._replace(result=None)
-        same = found.setdefault((seed, run.precision), [])
-        repeated = [r for r in same if r.result and r.about("git_commit") == run.about("git_commit")]
-        if repeated and run.result:
-            warn(f"{folder} repeats {repeated[0].folder}, of the same seed, precision and commit: skipped")
-        else:
-            same.append(run)
+        runs = row.runs.setdefault(seed, [])
+        if not any(other.log == run.log and other.result for other in runs):  # a copy of a run counts once
+            runs.append(run)
 
 
 def read_run(folder, result="result.json"):
     """The Run in a folder, or None if there is none."""
-    record, log, result = (read_file(folder / name) for name in ("args.json", "log.jsonl", result))
-    return Run(folder, record, log or [], result) if record or result else None
-
-
-def read_file(path):
-    """What a file of a run holds. None if it is not there or, with a warning, if it cannot be read."""
-    key = {"args.json": "args", "log.jsonl": "epoch"}.get(path.name, "complete")
-    try:
-        texts = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-        found = [json.loads(text) for text in texts]
-        if all(key in entry for entry in found):
-            return found if path.suffix == ".jsonl" else found[0]
-        problem = f"no {key!r} in it, as in files of older versions"
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError) as e:
-        problem = e
-    warn(f"{path} is skipped: {problem}")
-
-
-def of_another_evaluation(run, row):
-    """How a result differs from one of the run's own eps, data set and network, and the row's images."""
-    own = run.record["args"] if run.record else vars(row.evaluation)
-    on_cifar = own["dataset"] in (None, "cifar10", "cifar100")
-    due = {"eps": own["eps"], "model": own["model"], "activation": own["activation"] or "relu",
-           "data_sha256": run.record["data_sha256"] if run.record else None,
-           "n": row.evaluation.n or (10_000 if on_cifar else None)}
-    return [f"{k} is {run.result[k]}, not {v}" for k, v in due.items() if v not in (None, run.result[k])]
+    paths = [folder / name for name in ("args.json", "log.jsonl", result)]
+    record, log, result = (path.read_text() if path.exists() else "" for path in paths)
+    if record or result:
+        return Run(json.loads(record or "null"), [*map(json.loads, log.splitlines())],
+                   json.loads(result or "null"))
 
 
 def deviations(run, row, seed):
@@ -243,10 +165,25 @@ def deviations(run, row, seed):
     was, now = {"script": run.record["command"][0], **run.record["args"]}, row.setting | {"seed": seed}
     for setting in (was, now):
         setting["data"] = Path(setting["dataset"]).name
-        for key in ("precision", "compile", *TESTING):  # how it was done, not what
+        for key in HOW:
             setting.pop(key, None)
     defaults, _ = parse(row.setting["script"])
     return differences(was, now, defaults)
+
+
+def of_another_evaluation(run, row):
+    """How a result differs from what counts: it is of the run's eps, network and data, of its best or last
+    epoch once all are trained, and of as many images as the row's."""
+    own, due = run.record["args"] if run.record else vars(row.evaluation), {}
+    if run.record:
+        if len(run.log) != own["epochs"]:
+            return [f"{len(run.log)} of {own['epochs']} epochs are trained"]
+        entry = best(run.log) if row.evaluation.which == "best" else run.log[-1]
+        due = {"epoch": entry["epoch"], "data_sha256": run.record["data_sha256"]}
+    on_cifar = own["dataset"] in (None, "cifar10", "cifar100")
+    due |= {"eps": own["eps"], "model": own["model"], "activation": own["activation"] or "relu",
+            "n": row.evaluation.n or (10_000 if on_cifar else None)}
+    return [f"{k} is {run.result[k]}, not {v}" for k, v in due.items() if v not in (None, run.result[k])]
 
 
 # ---- Arithmetic --------------------------------------------------------------------------------------------
@@ -261,30 +198,27 @@ def pooled_variance(groups):
 
 def base_of(row, rows):
     """The row without a trick that another one is compared with, of the same network and eps, or None."""
-    base = rows.get(BASES.get(row.setting.get("script")))
-    if base is None:
-        return None
-    plain = base.setting | {k: row.setting[k] for k in ("model", "eps", "alpha")}
-    alike = [other for other in rows.values() if other.setting == plain and other.id == other.run != row.run]
-    return alike[0] if alike else None
+    if base := rows.get(BASES.get(row.setting.get("script"))):
+        plain = base.setting | {k: row.setting[k] for k in ("model", "eps", "alpha")}
+        alike = [other for other in rows.values() if other.setting == plain and other.id == other.run]
+        return alike[0] if alike and alike[0].run != row.run else None
 
 
 def effects(rows, metrics):
-    """{(run, precision): {metric: (mean difference from the base row, its standard error or None, seeds)}},
-    paired by seed, with one variance pooled over all of them."""
+    """{run: {metric: (mean difference from the base row, its standard error or None, seeds)}} of the runs
+    that share a seed with their base: paired by seed, with one variance pooled over all of them."""
     bases = {row.id: base_of(row, rows) for row in rows.values() if row.id == row.run}
-    keys = [(run, precision) for run, base in bases.items() if base for precision in rows[run].precisions()]
-    found = {key: {} for key in keys}
+    found = {}
     for metric in metrics:
         pairs = {}
-        for run, precision in keys:
-            ours, theirs = (row.figures(metric, precision) for row in (rows[run], bases[run]))
-            pairs[run, precision] = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        for run, base in bases.items():
+            ours, theirs = rows[run].figures(metric), base.figures(metric) if base else {}
+            pairs[run] = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
         variance = pooled_variance(pairs.values())
-        for key, differences in pairs.items():
+        for run, differences in pairs.items():
             if n := len(differences):
                 error = None if variance is None else math.sqrt(variance / n)
-                found[key][metric] = statistics.mean(differences), error, n
+                found.setdefault(run, {})[metric] = statistics.mean(differences), error, n
     return found
 
 
@@ -302,13 +236,7 @@ def seeds_needed(effect):
     return f"{math.ceil(8 * (DEVIATION / effect) ** 2):,}"  # from effect = 2 sqrt(2 / n) DEVIATION
 
 
-def spoilt(row):
-    """Whether epochs end with a batch so small (4 images) that it spoils batch norm's running statistics."""
-    images, batch = row.setting.get("n_train") or 50_000, row.setting.get("batch_size", 1)
-    return 0 < images % batch < 16
-
-
-# ---- Text and pictures -------------------------------------------------------------------------------------
+# ---- Text --------------------------------------------------------------------------------------------------
 
 
 def markdown(header, lines):
@@ -318,226 +246,146 @@ def markdown(header, lines):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def differing(settings):
-    """The names of what some settings differ in. What one lacks, of another script, makes no difference."""
-    known = {k: v for setting in settings for k, v in setting.items()}
-    return [k for k, v in known.items() if len({str(setting.get(k, v)) for setting in settings}) > 1]
+def signed(value, bold=False):
+    """`+0.55`, "" for None."""
+    return "" if value is None else f"**{value:+.2f}**" if bold else f"{value:+.2f}"
 
 
-def settings(rows):
-    """(names of the settings that rows differ in, {row: their values}), without those that have no effect."""
-    shown = {}
-    for row in rows:
-        setting = dict(row.setting) or {k: getattr(row.evaluation, k) for k in ("model", "eps")}
-        setting.pop("alpha", None)  # it goes with eps
-        if setting.get("lr_schedule", "piecewise") != "piecewise":
-            setting |= {"lr_decay_epochs": None, "lr_decay_factor": None}
-        shown[row.id] = setting
-    keys = differing(shown.values())
-    texts = {row: [setting_text(k, setting.get(k)) for k in keys] for row, setting in shown.items()}
-    return [k.replace("_", " ") for k in keys], texts
-
-
-def setting_text(key, value):
-    if value is None:
-        return "-"
-    if key == "eps" and math.isclose(255 * value, round(255 * value)):
-        return f"{round(255 * value)}/255"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "/".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
-
-
-def seeds_text(row, precision, seeds):
-    """`2 in bf16`, and how many runs these are if a seed has several."""
-    if precision is None:
-        return "not evaluated" if row.all_runs() else "not run"
-    runs = len(row.evaluated(precision))
-    return f"{seeds} in {precision}" + (f", {runs} runs" if runs > seeds else "")
-
-
-def mean_text(figures):
-    """The mean over seeds, ± the standard deviation of several."""
+def figure_cells(row, metric):
+    """Our mean over seeds ± their standard deviation, and estimates; the paper's figure; the difference."""
+    figures, paper = list(row.figures(metric).values()), row.paper.get(metric)
     spread = f" ± {statistics.stdev(figures):.2f}" if len(figures) > 1 else ""
-    return f"{statistics.mean(figures):.2f}{spread}" if figures else ""
+    ours = [f"{statistics.mean(figures):.2f}{spread}"] if figures else []
+    for result in (run.result for run in row.evaluated() if metric == "aa"):
+        if result["aa"] is not None and not result["complete"]:
+            ours.append(f"~{result['aa']:.2f} ± {result['aa_error']:.2f} ({result['n_done']:,} images)")
+    off = None if paper is None or not figures else statistics.mean(figures) - paper
+    return [", ".join(ours), "" if paper is None else f"{paper:.2f}", signed(off)]
 
 
-def difference_text(value, error=None):
-    """`+0.55 ± 0.21`, bold beyond two standard errors."""
-    if value is None:
-        return ""
-    bold = "**" if error is not None and abs(value) > 2 * error else ""
-    return f"{bold}{value:+.2f}{bold}" + (f" ± {error:.2f}" if error is not None else "")
+def effect_cells(effect, metrics=LAPTOP):
+    """The seeds of a run's effect, and for each metric `**+0.55** ± 0.21`, bold beyond two standard errors.
+    What is unknown is empty."""
+    cells = [str(effect["clean"][-1])] if effect else [""]
+    for mean, error, _ in (effect.get(metric, (None, None, 0)) for metric in metrics):
+        spread, bold = ("", False) if error is None else (f" ± {error:.2f}", abs(mean) > 2 * error)
+        cells.append(signed(mean, bold) + spread)
+    return cells
 
 
-def beside(ours, papers):
-    """`ours (the paper's)`; either may be empty."""
-    return f"{ours} ({papers})".strip() if papers else ours
-
-
-def figure_cell(row, metric, precision):
-    """`ours (the paper's, difference), ~estimates`; at laptop scale ours alone."""
-    figures, paper = list(row.figures(metric, precision).values()), row.paper.get(metric)
-    papers = "" if paper is None else f"{paper:.2f}"
-    if figures and papers:
-        off = statistics.mean(figures) - paper
-        papers += f", **{off:+.2f}**" if abs(off) > LIMITS[metric] else f", {off:+.2f}"
-    parts = [beside(mean_text(figures), papers)]
-    for result in (run.result for run in row.evaluated(precision) if metric == "aa"):
-        if result["aa"] is not None and result["n_done"] and not result["complete"]:
-            parts.append(f"~{result['aa']:.2f} ± {result['aa_error']:.2f} ({result['n_done']:,} images)")
-    return ", ".join(filter(None, parts))
-
-
-def effect_cell(effect, paper, seeds):
-    """`our effect (the paper's)`, with the number of seeds if the base row lacks some of them."""
-    mean, error, n = effect or (None, None, seeds)
-    which = f", {n} of {seeds} seeds" if n < seeds else ""
-    return beside(difference_text(mean, error) + which, difference_text(paper))
-
-
-def replications(row):
-    """A line for each figure that others have published for a row's setting."""
-    entries = json.loads((Path(__file__).parent / "replicated.json").read_text()).get(row.run, [])
-    figures = [" / ".join(f"{e[m]:.2f}" if m in e else "-" for m in METRICS) for e in entries]
-    about = ["; ".join((e["who"], e["differs"], e["link"])) for e in entries]
-    return [f"{row.id} by others: {text}; {who}" for text, who in zip(figures, about)]
-
-
-def tested_otherwise(row):
-    """A line for each run that was not tested after the epochs that its row says: its best may be another."""
-    lines = []
-    for run in (run for run in row.all_runs() if row.setting):
-        was, now = ({k: args.get(k, 1) for k in TESTING} for args in (run.record["args"], row.setting))
-        if differ := differences(now, was, {}):
-            lines.append(f"{run.folder} was tested after other epochs than its row: {'; '.join(differ)}")
-    return lines
+def without_base(row, rows, flags):
+    """A line that names the seeds of a row that its base row lacks, with the command that makes them."""
+    base = base_of(row, rows)
+    seeds = [seed for seed in row.figures("clean") if base and seed not in base.figures("clean")]
+    command = " ".join(["./run_all.sh run", *(f"{base.id}@{seed}" for seed in seeds), *flags])
+    return [f"{row.id}: seed {', '.join(map(str, seeds))} has no base run: {command}"] if seeds else []
 
 
 def show_table(table, rows, laptop=None):
-    """A table's rows, or at laptop scale its distinct runs, a line for each precision: settings, our figures
-    and effects beside the paper's, and the seeds that its effect takes."""
-    ours, metrics = (laptop, LAPTOP) if laptop else (rows, {m: m for m in METRICS})
+    """A table's rows, or at laptop scale its distinct runs: our figures (at full scale beside the paper's)
+    and effects beside the paper's, and the seeds that these take."""
+    ours, metrics = (laptop, LAPTOP) if laptop else (rows, METRICS)
     shown, lines, notes = {}, [], []
-    for row in rows.values():
-        if row.table == table and row.id in ours:
-            shown.setdefault(ours[row.id].run if laptop else row.id, row)
-    names, texts = settings([ours[row.id] for row in shown.values()])
+    for row in (row for row in rows.values() if row.table == table and row.id in ours):
+        shown.setdefault(ours[row.id].run if laptop else row.id, row)
     found = effects(ours, metrics)
     for row in shown.values():
         own, papers = ours[row.id], paper_effect(row, rows)
-        needed = "" if laptop else seeds_needed(papers["aa"])
-        for precision in own.precisions() or [None]:
-            seeds, effect = len(own.figures("clean", precision)), found.get((own.run, precision), {})
-            figures = [figure_cell(own, metric, precision) for metric in metrics]
-            changes = [effect_cell(effect.get(m), papers[theirs], seeds) for m, theirs in metrics.items()]
-            lines.append([own.id + " †" * spoilt(own), *texts[own.id], seeds_text(own, precision, seeds),
-                          *figures, *changes, needed])
-        notes += tested_otherwise(own) + ([] if laptop else replications(row))
-    if any(spoilt(ours[row.id]) for row in shown.values()):
-        notes.append(SPOILT)
+        lines.append([row.id, row.flags, str(len(own.evaluated())), str(len(own.figures("clean"))),
+                      *(cell for metric in metrics for cell in figure_cells(own, metric)),
+                      *map(signed, papers.values()), *effect_cells(found.get(own.run, {}), metrics),
+                      "" if laptop else seeds_needed(papers["aa"])])
+        notes += without_base(own, ours, ["--laptop"] * bool(laptop))
     heads = ["Clean", "PGD-10", "APGD" if laptop else "AA"]
-    header = ["row", *names, "seeds", *heads, *(f"effect, {head}" for head in heads), "seeds needed"]
-    return "\n".join([markdown(header, lines), "", LAPTOP_LEGEND if laptop else LEGEND, *notes])
-
-
-def state(row):
-    """done, running, partial (evaluated in part) or missing, and the row's id with what there is to say."""
-    runs, asked = row.all_runs(), row.evaluation
-    results = [run.result for run in runs if run.result]
-    done = [r for r in results if tuple(r["attacks"]) == asked.attacks
-            and (r["complete"] or r["n_done"] >= (asked.stop_after or r["n"]))]
-    if done:
-        return "done", row.id + (f" x{len(done)}" if len(done) > 1 else "")
-    if results:
-        return "partial", row.id
-    if runs:
-        return "running", f"{row.id} ({max(len(run.log) for run in runs)} of {row.setting['epochs']} epochs)"
-    return "missing", row.id
+    header = ["row", "flags", "runs", "seeds",
+              *(f"{head}: {what}" for head in heads for what in ("ours", "paper", "difference")),
+              *(f"paper's effect: {name}" for name in METRICS.values()),
+              *(f"our effect: {name}" for name in ("seeds", *heads)), "seeds needed"]
+    return "\n".join([markdown(header, lines), "", LEGEND, SCALE if laptop else NEEDED, *notes])
 
 
 def show_status(rows):
-    """A line a table: which distinct runs are done, running, evaluated in part, missing; and the hours."""
-    tables, lines, hours = {}, [], {}
-    for row in (row for row in rows.values() if row.run == row.id):
-        for run in row.all_runs():
-            hours[run.about("device")] = hours.get(run.about("device"), 0) + run.seconds() / 3600
-        kind, name = state(row)
-        states = tables.setdefault(row.table, {"done": [], "running": [], "partial": [], "missing": []})
-        states[kind].append(name)
-    for table, states in tables.items():
-        counts = "  ".join(f"{len(names):3} {kind}" for kind, names in states.items())
-        known = "; ".join(f"{k}: {', '.join(v)}" for k, v in states.items() if v and k != "missing")
-        lines.append(f"{table:{max(map(len, tables))}}  {counts}   {known}".rstrip())
-    return "\n".join([*lines, *(f"{h:.1f} hours on {device}" for device, h in hours.items())])
+    """How many distinct runs of each table have begun, and how far each seed of these is."""
+    lines, distinct = [], [row for row in rows.values() if row.run == row.id]
+    for table in dict.fromkeys(row.table for row in distinct):
+        members = [row for row in distinct if row.table == table]
+        begun = [row for row in members if row.runs]
+        lines.append(f"{table}: {len(begun)} of {len(members)} runs")
+        for row in begun:
+            # AutoAttack is done with all images; of some of its attacks an estimate is enough.
+            done = row.figures("aa" if row.evaluation.attacks == eval_aa.STANDARD else "clean")
+            states = []
+            for seed, runs in sorted(row.runs.items()):
+                state = f"at epoch {max(len(run.log) for run in runs)}"
+                if any(run.result for run in runs):
+                    state = "done" if seed in done else "evaluated in part"
+                states.append(f"seed {seed} {state}")
+            lines.append(f"    {row.id:40} {', '.join(states)}")
+    return "\n".join(lines)
 
 
 def show_measured(rows):
-    """The table in results/README.md: a line for each row that has results, and each precision."""
+    """The table in results/README.md: a line for each row that has results."""
     lines = []
-    for row in (row for row in rows.values() if row.run == row.id):
-        for precision in row.precisions():
-            runs = row.evaluated(precision)
-            devices = ", ".join(sorted({run.about("device") for run in runs}))
-            took = datetime.timedelta(seconds=round(statistics.mean(run.seconds() for run in runs)))
-            cells = [figure_cell(row, metric, precision) or "-" for metric in METRICS]
-            cells += [f"{runs[0].result['n']:,}", devices, str(took)]
-            lines.append([f"`{row.id}`", str(len(row.figures("clean", precision))), *cells])
-    return markdown(["row", "seeds", *METRICS.values(), "test images", "device", "time a seed"], lines)
+    for row in (row for row in rows.values() if row.run == row.id and row.evaluated()):
+        runs = row.evaluated()
+        devices = ", ".join(sorted({(run.record or run.result)["device"] for run in runs}))
+        seconds = [sum(e["seconds"] for e in run.log) + sum(run.result["seconds"].values()) for run in runs]
+        cells = [figure_cells(row, metric)[0] or "-" for metric in METRICS]
+        lines.append([f"`{row.id}`", str(len(runs)), *cells, f"{runs[0].result['n']:,}", devices,
+                      str(datetime.timedelta(seconds=round(statistics.mean(seconds))))])
+    return markdown(["row", "runs", *METRICS.values(), "test images", "device", "time a run"], lines)
+
+
+# ---- Pictures ----------------------------------------------------------------------------------------------
 
 
 def show_effects(rows, laptop):
-    """(the picture of all effects, its table), in the precision of most laptop runs. Each is compared with
-    the paper's effect in the first of its rows, which is ResNet-18's if there is one."""
-    most = statistics.mode([p for row in laptop.values() if row.id == row.run for p in row.precisions()]
-                           or [None])
+    """(the picture of all effects, its table). Each is compared with the paper's effect in the first of its
+    rows, which is ResNet-18's if there is one."""
     lines, panels = [], {"PGD-10": [], "Clean": []}
-    for (run, precision), effect in effects(laptop, LAPTOP).items():
+    for run, effect in effects(laptop, LAPTOP).items():
         row, paper = rows[run], paper_effect(rows[run], rows)
-        if precision != most or not effect or paper["clean"] is None:
+        if paper["clean"] is None:
             continue
-        hollow, flags = spoilt(laptop[run]), re.sub(r" --model \S+", "", row.command.partition(" ;")[0])
-        papers = [difference_text(change) or "-" for change in paper.values()]
-        lines.append([f"`{run}`" + " †" * hollow, f"`{flags}`", *papers, *effect_cells(effect)])
+        lines.append([f"`{run}`", f"`{row.flags}`", *map(signed, paper.values()), *effect_cells(effect)])
         for metric, points in zip(("pgd10", "clean"), panels.values()):
-            ours, error, _ = effect[metric]
-            points.append((short_name(row), row.table, paper[metric], ours, error, hollow))
+            points.append((short_name(row), row.table, paper[metric], *effect[metric][:2]))
     if not lines:
         raise InputError("no laptop run with its base: ./run_all.sh run t2-base t7-r18-bneval --laptop")
     header = ["run", "flags", "paper: Clean", "PGD-10", "AA", "ours: seeds", "Clean", "PGD-10", "APGD"]
-    return draw_effects(panels), "\n".join([markdown(header, lines), "", LAPTOP_LEGEND, SPOILT])
-
-
-def effect_cells(effect):
-    """Seeds, clean, PGD-10 and APGD of a laptop run's effect, as text."""
-    texts = {m: difference_text(mean, error) for m, (mean, error, _) in effect.items()}
-    return [str(effect["clean"][-1]), *(texts.get(m, "-") for m in LAPTOP)]
+    return draw_effects(panels), "\n".join([markdown(header, lines), "", LEGEND, SCALE])
 
 
 def short_name(row):
-    """What is special about a row: t8-wrn10-wd5e-4-softplus-bntrain-ls0.1 -> softplus-ls0.1."""
-    name, trades = re.sub(r"^t\d+|-r18|-wrn10|-wd5e-4|-relu\b", "", row.id), row.table == "t12"
-    return ("TRADES " if trades else "") + name.replace("-bneval" if trades else "-bntrain", "")[1:]
+    """The trick of a row, whatever its strength: t8-wrn10-wd5e-4-softplus-bntrain-ls0.1 -> softplus-ls."""
+    default = "bneval" if row.table == "t12" else "bntrain"
+    dull = rf"^t\d+|-r18|-wrn10|-wd5e-4|-relu\b|-{default}|-scaled|(?<=ls)0.*|(?<=softplus)-bn\w+|(-\d\d+)+$"
+    return "TRADES " * (row.table == "t12") + re.sub(dull, "", row.id)[1:]
 
 
 def show_curves(folders):
-    """The learning curves of runs, a column each, named by what they differ in."""
+    """The learning curves of runs, a column each, named by what they differ in. What they share is the
+    picture's title. Defaults, of the first one's script, are not named, but for the seed."""
     runs = [read_run(Path(folder)) for folder in folders]
     for folder, run in zip(folders, runs):
         if not run or not run.record:
             raise InputError(f"{folder} holds no run")
-    args = [{k: v for k, v in run.record["args"].items() if k not in NOT_A_SETTING} for run in runs]
-    keys, panels = differing(args), []
-    for run, setting in zip(runs, args):
-        defaults, _ = parse(run.record["command"][0])
-        special = [k for k in keys if k in setting and setting[k] != defaults.get(k)]
-        words = [f"{WORDS.get(k, k.replace('_', ' '))} {setting_text(k, setting[k])}" for k in special]
-        name = ", ".join(words) or "the default setting" if keys else run.folder.absolute().name
+    settings = [{"script": run.record["command"][0], **run.record["args"]} for run in runs]
+    defaults = parse(settings[0]["script"])[0] | {"seed": None}
+    keys = [k for k in settings[0] if k not in NOT_A_SETTING]
+    differ = [k for k in keys if any(s.get(k, settings[0][k]) != settings[0][k] for s in settings)]
+
+    def words(setting, keys):
+        special = {k: setting[k] for k in keys if k in setting and setting[k] != defaults.get(k)}
+        return ", ".join(f"{WORDS.get(k, k.replace('_', ' '))} {v}" for k, v in special.items())
+
+    panels = []
+    for folder, run, setting in zip(folders, runs, settings):
+        name = words(setting, differ) or "the default setting"
         decays = setting["lr_decay_epochs"] if setting["lr_schedule"] == "piecewise" else []
-        panels.append((name, run.log, [epoch for epoch in decays if epoch <= len(run.log)]))
-    if len({name for name, *_ in panels}) < len(panels):  # of different scripts
-        panels = [(run.folder.absolute().name, *rest) for run, (_, *rest) in zip(runs, panels)]
-    return draw_runs(panels)
+        panels.append((name if differ else Path(folder).absolute().name, run.log, decays))
+    return draw_runs(panels, words(settings[0], [k for k in keys if k not in (*differ, *HOW)]))
 
 
 def show_figure(name, rows):
@@ -545,13 +393,13 @@ def show_figure(name, rows):
     shown = {}
     for row in rows.values():
         if row.id.startswith(name):
-            shown.setdefault(row.run, (row, [run.log for run in row.all_runs()]))
+            shown.setdefault(row.run, (row, [run.log for runs in row.runs.values() for run in runs]))
     return draw_figure(list(shown.values()))
 
 
-def save(fig, path):
+def save(picture, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path)
+    picture.savefig(path)
     print(f"written: {path}", file=sys.stderr)
 
 
@@ -566,10 +414,8 @@ def main():
     out = args.out or ("results/effects.png" if what == "effects" else f"figures/{what}.png")
     if bool(args.runs) != (what == "curves"):
         p.error("curves takes folders of runs, and nothing else does")
-    if args.out and what not in drawn:
-        p.error(f"--out has no effect with {what}, which draws nothing")
-    if args.laptop and what in (*drawn, "measured"):
-        p.error(f"--laptop has no effect with {what}")
+    if args.out and what not in drawn or args.laptop and what in (*drawn, "measured"):
+        p.error("--out is for pictures, --laptop for the status and for tables")
     if what == "curves":
         return save(show_curves(args.runs), out)
     rows = read_rows(roots=["results"] if what == "measured" else ["results", "runs"])
@@ -579,9 +425,9 @@ def main():
     elif what == "measured":
         print(show_measured(rows))
     elif what == "effects":
-        fig, text = show_effects(rows, laptop)
+        picture, text = show_effects(rows, laptop)
         print(text)
-        save(fig, out)
+        save(picture, out)
     elif what in drawn:
         save(show_figure(what, rows), out)
     elif what in {row.table for row in rows.values()} and not re.match("[fq]", what):
@@ -591,4 +437,6 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence
+    sys.stdout.reconfigure(errors="replace")       # what cannot print ± prints ?
     run_script(main)
