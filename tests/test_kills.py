@@ -4,12 +4,15 @@ And what --resume refuses.
 `python -m pytest -m slow tests/test_kills.py` kills sixty times more.
 """
 
+import argparse
+import math
 import os
 import random
 import re
 import shutil
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from unittest import mock
@@ -25,19 +28,23 @@ import utils
 
 def fork_each(argv, kills):
     """Run train_pgdat.py's main once for each of the kills, (where, function, number, signal): the process
-    gets the signal at that call of that function, before it, half through it, or after it.
+    gets the signal at that call of that function, before it, half through it, or after it. Every second one
+    writes last.pt after every epoch, as if an epoch took a minute.
 
     All processes are forks of one that has imported everything, which is much quicker than so many starts.
     """
     torch.optim.SGD([torch.zeros(1)], lr=1)  # imports what it needs
     sys.argv = ["train_pgdat.py", *argv]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
-    for kill in kills:
+    for i, kill in enumerate(kills):
         child, status = os.fork(), 99
         if child == 0:
             try:
                 send_signal_at(*kill)
+                if i % 2 == 0:
+                    utils.time = mock.Mock(time=lambda: math.inf)
                 utils.run_script(train_pgdat.main)
+                status = 0
             except SystemExit as e:
                 status = e.code
             except BaseException:
@@ -70,8 +77,8 @@ def send_signal_at(where, function, number, name):
     setattr(module, function, wrapped)
 
 
-# In turn, of one run. A process writes args.json, when it goes on after best.pt and log.jsonl; then of every
-# epoch last.pt, best.pt if it was the best, and log.jsonl.
+# In turn, of one run. A process writes args.json, when it goes on after best.pt and log.jsonl; then, after an
+# epoch for which it is due, last.pt, best.pt if it was the best, and log.jsonl.
 CHOSEN = [
     ("before", "train_step", 2, "SIGKILL"),   # in the middle of the first epoch: no checkpoint yet
     ("before", "train_step", 4, "SIGTERM"),   # in the middle of the second
@@ -103,9 +110,9 @@ def test_a_run_killed_at_any_moment_ends_bit_identical(train, small_npz, tmp_pat
     statuses = [int(s) for s in re.findall(r"^status (-?\d+)$", done.stdout, re.M)]
     assert len(statuses) == len(kills) and "Traceback" not in done.stderr, done.stderr
     for status, (*moment, name) in zip(statuses, kills):  # 0: the run has ended before that moment came
-        assert status in ((130,) if name == "SIGINT" else (-getattr(signal, name), 0)), (moment, done.stderr)
+        assert status in (130 if name == "SIGINT" else -getattr(signal, name), 0), (moment, done.stderr)
     assert done.stderr.count("interrupted: to continue, add --resume") == statuses.count(130)
-    assert sum(map(bool, statuses)) > len(kills) / 2
+    assert sum(map(bool, statuses)) > 3
     status, out, err = train(*FLAGS, "--resume", out=cut, epochs=epochs)
     assert status == 0, err
     same_run(whole, cut)
@@ -120,6 +127,19 @@ def test_what_a_kill_after_the_last_checkpoint_left_out_is_made_up_for(train, ru
     status, out, err = train(*COMMAND, "--resume", epochs=1)
     assert status == 0 and "has finished" in out, err
     same_run(finished, run)
+
+
+def test_last_pt_is_written_when_it_is_due_and_log_jsonl_with_it(tmp_path):
+    """After the first epoch, the best so far, and the last one, and when a minute has passed."""
+    args, entries, written = argparse.Namespace(out=tmp_path, epochs=9), [], []
+    for epoch, pgd10 in enumerate((None, None, 5, 4, 4, None, 6, None, None), 1):
+        entries.append({"epoch": epoch, "test_pgd10": pgd10})
+        if epoch == 5:
+            os.utime(tmp_path / "last.pt", (0, time.time() - 61))
+        utils.save(args, {"state_dict": torch.nn.Linear(1, 1)}, entries)
+        written.append(utils.load_checkpoint(tmp_path / "last.pt")["epoch"])
+        assert log(tmp_path) == entries[: written[-1]]
+    assert written == [1, 1, 3, 3, 5, 5, 7, 7, 9]
 
 
 def test_the_best_epoch_is_the_first_of_equals_among_those_tested():
