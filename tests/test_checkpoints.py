@@ -169,6 +169,19 @@ def test_fsync_may_be_missing_but_a_full_disk_that_it_reports_keeps_the_old_file
     assert list(tmp_path.iterdir()) == [path] and path.read_text() == ("1\n" if full else "2\n")
 
 
+def test_nothing_but_fsync_may_fail(tmp_path, monkeypatch):
+    """A temporary file that a kill left half written is not taken for the new one."""
+    def unsupported(*args):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    utils.write_json(tmp_path / "c.json", 1)
+    (tmp_path / ".c.json.tmp").write_text("half")
+    monkeypatch.setattr(utils, "open", unsupported, raising=False)
+    with pytest.raises(utils.InputError):
+        utils.write_json(tmp_path / "c.json", 2)
+    assert (tmp_path / "c.json").read_text() == "1\n"
+
+
 def test_a_full_disk_ends_training_in_one_line(train, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600 * 1024, limits[1]))

@@ -131,13 +131,13 @@ def test_graph_changes_no_bit(monkeypatch, machine, compiled, module, bn_mode):
 
 
 @pytest.mark.parametrize("module, flags, replays", [
-    (train_pgdat, "--steps 2 --warmup-eps 2 --ema 0.9", [4, 2]),  # two shapes of batches
-    (train_trades, "--steps 2 --warmup-eps 2 --ema 0.9", [4, 2]),
-    (train_pgdat, "--steps 2 --early-stop-pgd 1 2", []),  # the attack's length depends on the images
-    (train_pgdat, "--attack none", [])])
+    (train_pgdat, "--warmup-eps 2 --ema 0.9", [4, 2]),  # two shapes of batches
+    (train_trades, "--warmup-eps 2 --ema 0.9", [4, 2]),
+    (train_pgdat, "--early-stop-pgd 1 2", [])])         # the attack's length depends on the images
 def test_graph_in_a_run_changes_no_bit(script, small_npz, tmp_path, module, flags, replays):
     """Two epochs of batches of 40, 40 and 16 images: as many captures as shapes, a replay a step."""
-    argv = (*TINY, "--batch-size", 40, "--dataset", small_npz, "--epochs", 2, *flags.split())
+    argv = (*TINY, "--batch-size", 40, "--dataset", small_npz, "--steps", 2, "--epochs", 2, "--eval-from", 2,
+            *flags.split())
     with pretended_gpu():
         for out, more in (("without", ()), ("with", ("--compile",))):
             status, _, err = script(module, *argv, "--out", tmp_path / out, *more)
