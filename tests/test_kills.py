@@ -9,7 +9,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import time

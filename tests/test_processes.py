@@ -12,7 +12,6 @@ from conftest import ROOT, TINY, Affine, log, spawn
 
 import eval_aa
 import train_pgdat
-import train_trades
 import utils
 
 # What each of the processes does; each leaves a JSON file.

@@ -68,6 +68,7 @@ def test_a_run_tests_and_saves_the_average_and_trains_as_without(module, script,
     model, data = models.build("tiny", normalize=module.NORMALIZE), utils.load_dataset(small_npz)
     model.load_state_dict(average)
     clean, robust, _ = utils.evaluate(model, data.test_images, data.test_labels, 8 / 255, seed=(0, 1))
-    assert [utils.percent(clean), utils.percent(robust)] == [ema["log"][-1][k] for k in ("test_clean", "test_pgd10")]
+    logged = ema["log"][-1]
+    assert (utils.percent(clean), utils.percent(robust)) == (logged["test_clean"], logged["test_pgd10"])
     best = utils.load_checkpoint(tmp_path / "ema" / "best.pt")
     assert set(best["state_dict"]) == set(average) and not {"model", "optimizer"} & set(best)
