@@ -138,12 +138,6 @@ def test_bf16_is_autocast_around_the_plain_model_bit_for_bit():
     assert all(v.dtype in (torch.float32, torch.int64) for v in model.state_dict().values())
 
 
-def test_a_float64_model_stays_float64():
-    model = models.build("tiny", normalize=models.CIFAR_NORMALIZE).double()
-    logits = model(torch.rand(2, 3, 32, 32, dtype=torch.float64))
-    assert logits.dtype == torch.float64 and (logits - logits.float()).abs().max() > 0
-
-
 def test_precision(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     assert utils.set_precision(None, cpu) == "fp32" and utils.set_precision(None, cuda) == "tf32"

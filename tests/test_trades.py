@@ -53,20 +53,6 @@ def test_a_step_is_the_references(bn_mode, eps, alpha):
         torch.testing.assert_close(m.running_var, var, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("bn_mode, updates, natural_forwards",
-                         [("train", 2 * 10 + 2, 10 + 1), ("eval", 2, 1 + 1)])
-def test_number_of_forwards_and_of_updates(bn_mode, updates, natural_forwards):
-    model, x, y = problem()
-    args, natural = setting("--bn-mode", bn_mode), []
-    model.register_forward_pre_hook(lambda m, i: natural.append(torch.equal(i[0], x)))
-    optimizer = utils.make_optimizer(model, "sgd", 0.1, 0)
-    attack = attack_of(train_trades, model, args)
-    train_trades.train_step(model, optimizer, attack, x, y, args.eps, 0, utils.seeded("cpu", 0), args)
-    assert model.bn.num_batches_tracked == updates and sum(natural) == natural_forwards
-    assert len(natural) - sum(natural) == 10 + 1
-    assert natural[-2:] == [True, False]  # the loss: natural, then adversarial
-
-
 def test_saturated_logits_stay_finite():
     """Logits so far apart that float32 probabilities underflow to 0: loss and gradients are those of float64,
     not NaN."""
