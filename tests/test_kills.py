@@ -5,6 +5,7 @@ And what --resume refuses.
 """
 
 import argparse
+import itertools
 import math
 import os
 import random
@@ -27,8 +28,8 @@ import utils
 
 def fork_each(argv, kills):
     """Run train_pgdat.py's main once for each of the kills, (where, function, number, signal): the process
-    gets the signal at that call of that function, before it, half through it, or after it. Every second one
-    writes last.pt after every epoch, as if an epoch took a minute.
+    gets the signal at that call of that function, before it, half through it, or after it. In turn a process
+    writes last.pt after every epoch, as if an epoch took a minute, and after every third one at least.
 
     All processes are forks of one that has imported everything, which is much quicker than so many starts.
     """
@@ -40,8 +41,8 @@ def fork_each(argv, kills):
         if child == 0:
             try:
                 send_signal_at(*kill)
-                if i % 2 == 0:
-                    utils.time = mock.Mock(time=lambda: math.inf)
+                due = itertools.cycle([math.inf] if i % 2 == 0 else [0, 0, math.inf])
+                utils.time = mock.Mock(time=lambda: next(due))
                 utils.run_script(train_pgdat.main)
                 status = 0
             except SystemExit as e:
