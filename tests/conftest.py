@@ -3,9 +3,11 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 # A second thread gains nothing on such small tensors, and waits on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -20,13 +22,16 @@ sys.path.insert(0, str(ROOT))
 import train_pgdat
 import utils
 
+
 def attack_of(module, model, args):
     """The training attack as main makes it."""
     return functools.partial(module.training_attack, model, args)
 
 
 TINY = ("--model", "tiny", "--batch-size", 48, "--lr", 0.05)
-needs_bf16 = pytest.mark.skipif("bf16" not in utils.cpu_info(), reason="this CPU has no bf16 instructions")
+needs_bf16 = pytest.mark.skipif("bf16" not in utils.cpu_info() or
+                                torch.backends.cpu.get_cpu_capability() == "AVX2",  # played, for example
+                                reason="this CPU has no bf16 instructions")
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +66,22 @@ def train(script, small_npz, tmp_path):
     def run(*argv, out=tmp_path / "run", epochs=2):
         return script(train_pgdat, *TINY, "--dataset", small_npz, "--epochs", epochs, "--out", out, *argv)
     return run
+
+
+@pytest.fixture(scope="session")
+def finished(small_npz, tmp_path_factory):
+    """The folder of a run of one epoch. Whoever changes it changes a copy: the fixture `run`."""
+    out = tmp_path_factory.mktemp("finished")
+    with mock.patch.object(sys, "argv", ["train_pgdat.py", *map(str, TINY), "--dataset", str(small_npz),
+                                         "--epochs", "1", "--wd", "1e-4", "--out", str(out)]):
+        utils.run_script(train_pgdat.main)
+    return out
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run, in tmp_path/run. train("--wd", "1e-4", epochs=1) is its command."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def log(folder):

@@ -1,11 +1,9 @@
 """The CUDA path: on a pretended GPU everywhere (pretended_gpu.py says what that cannot show), on a real one
 where there is one."""
 
-import argparse
 import contextlib
 import copy
 import json
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -25,19 +23,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 def test_a_gpu_that_is_not_there_is_one_clear_line(train):
     with pretended_gpu(2):
         status, _, err = train("--device", "cuda:7")
-    assert status == 2 and err.startswith("train_pgdat.py: error: --device cuda:7 cannot be used: CUDA error")
-    assert err.count("\n") == 1
-
-
-@pytest.mark.parametrize("there", [False, True])
-def test_a_gpu_that_torch_does_not_see_is_warned_of(there, monkeypatch, capfd):
-    exists = Path.exists
-    monkeypatch.setattr(Path, "exists", lambda path: there if str(path) == "/dev/nvidia0" else exists(path))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    device = utils.start_device(argparse.Namespace(device="auto", precision=None))
-    out, err = capfd.readouterr()
-    assert device == torch.device("cpu") and out.startswith("device cpu: ") and out.endswith(", fp32\n")
-    assert err.startswith("warning: there is a GPU, but torch runs on the CPU") == there == bool(err)
+    assert status == 2 and "--device cuda:7" in err and err.count("\n") == 1
 
 
 def test_under_torchrun_every_process_takes_its_own_and_synchronises_batch_norm(monkeypatch):
@@ -50,7 +36,7 @@ def test_under_torchrun_every_process_takes_its_own_and_synchronises_batch_norm(
         utils.share_training(model, optimizer, train_pgdat.parse_args([]), 51_200)
         kinds = {type(m) for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
         assert kinds == {torch.nn.SyncBatchNorm}
-        with pytest.raises(utils.InputError, match="on GPUs, --compile run in one process"):
+        with pytest.raises(utils.InputError, match="--compile"):
             utils.share_training(model, optimizer, train_pgdat.parse_args(["--compile"]), 51_200)
 
 
@@ -70,16 +56,15 @@ def on_a(machine):
 
 @MACHINES
 @pytest.mark.parametrize("module, device, flags", [
-    (train_pgdat, "auto", ("--precision", "fp32", "--val", 16)),
-    (train_pgdat, "cuda", ("--early-stop-pgd", 0, 1, "--optimizer", "sgd-gc", "--awp", 0.01)),
-    (train_pgdat, "cuda:0", ("--precision", "bf16", "--compile", "--bn-mode", "eval", "--ema", 0.9)),
-    (train_trades, "auto", ("--precision", "bf16", "--compile", "--bn-mode", "train")),
-    (train_trades, "cuda", ("--awp", 0.01, "--ema", 0.9)),
-    (train_trades, "cuda:0", ("--optimizer", "adam", "--lr", 1e-3)),
+    (train_pgdat, "auto", "--precision fp32 --val 16 --early-stop-pgd 0 1 --optimizer sgd-gc"),
+    (train_pgdat, "cuda:0", "--precision bf16 --compile --bn-mode eval --ema 0.9"),
+    (train_trades, "auto", "--precision bf16 --compile --bn-mode train"),
+    (train_trades, "cuda", "--optimizer adam --lr 1e-3 --awp 0.01 --ema 0.9"),
 ])
 def test_training_going_on_and_evaluation(script, small_npz, tmp_path, monkeypatch, machine, module, device,
                                           flags):
-    run, argv = tmp_path / "run", (*TINY, "--dataset", small_npz, "--steps", 1, "--device", device, *flags)
+    run, flags = tmp_path / "run", flags.split()
+    argv = (*TINY, "--dataset", small_npz, "--steps", 1, "--device", device, *flags)
     with on_a(machine):
         with monkeypatch.context() as patch:
             patch.setattr(module, "lr_at", interrupted)
@@ -100,18 +85,10 @@ def test_training_going_on_and_evaluation(script, small_npz, tmp_path, monkeypat
 # ---- The training attack in a CUDA graph -------------------------------------------------------------------
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """A list of all CapturedAttack that are made."""
-    made, init = [], utils.CapturedAttack.__init__
-    monkeypatch.setattr(utils.CapturedAttack, "__init__",
-                        lambda self, *given: made.append(self) or init(self, *given))
-    return made
-
-
 def three_steps(module, argv, compiled, captured):
     """x' of three steps, of which the last has fewer images, and the state dict behind them."""
-    args, device = module.parse_args(["--model", "tiny", *argv]), torch.device("cuda", 0)
+    args = module.parse_args(["--model", "tiny", "--steps", "3", *argv])
+    device = torch.device("cuda", 0)
     torch.manual_seed(0)
     model = models.build("tiny", normalize=module.NORMALIZE).to(device, memory_format=torch.channels_last)
     optimizer, attack = utils.make_optimizer(model, "sgd", args.lr, args.wd), attack_of(module, model, args)
@@ -132,7 +109,7 @@ def three_steps(module, argv, compiled, captured):
 
         with utils.uncompiled(size == 10):
             module.train_step(model, optimizer, noted, x, y, eps, 0, rng, args)
-    assert not captured or (attack.replays, len(attack.graphs)) == (3, 2)
+    assert not captured or len(attack.graphs) == 2
     return images, model.state_dict()
 
 
@@ -153,56 +130,20 @@ def test_graph_changes_no_bit(monkeypatch, machine, compiled, module, bn_mode):
         assert torch.equal(with_graph[1][name], want), name
 
 
-@pytest.mark.parametrize("bn_mode", ["train", "eval"])
-@pytest.mark.parametrize("module", [train_pgdat, train_trades])
-def test_graph_in_a_run_changes_no_bit(script, small_npz, tmp_path, graphs, module, bn_mode):
+@pytest.mark.parametrize("module, flags, replays", [
+    (train_pgdat, "--warmup-eps 2 --ema 0.9", [4, 2]),  # two shapes of batches
+    (train_trades, "--warmup-eps 2 --ema 0.9", [4, 2]),
+    (train_pgdat, "--early-stop-pgd 1 2", [])])         # the attack's length depends on the images
+def test_graph_in_a_run_changes_no_bit(script, small_npz, tmp_path, module, flags, replays):
     """Two epochs of batches of 40, 40 and 16 images: as many captures as shapes, a replay a step."""
-    argv = (*TINY, "--batch-size", 40, "--dataset", small_npz, "--steps", 2, "--epochs", 2, "--warmup-eps", 2,
-            "--bn-mode", bn_mode, "--ema", 0.9)
+    argv = (*TINY, "--batch-size", 40, "--dataset", small_npz, "--steps", 2, "--epochs", 2, "--eval-from", 2,
+            *flags.split())
     with pretended_gpu():
-        for out, flags in (("without", ()), ("with", ("--compile",))):
-            status, _, err = script(module, *argv, "--out", tmp_path / out, *flags)
+        for out, more in (("without", ()), ("with", ("--compile",))):
+            status, _, err = script(module, *argv, "--out", tmp_path / out, *more)
             assert status == 0, err
     same_run(tmp_path / "without", tmp_path / "with")
-    replayed, = graphs
-    assert (len(PretendedGraph.made), replayed.replays) == (2, 6)
-    assert [graph.replays for graph in PretendedGraph.made] == [4, 2]
-
-
-@MACHINES
-@pytest.mark.parametrize("flags, note", [
-    ((), False), (("--early-stop-pgd", 1, 2), True), (("--attack", "none"), True)])
-def test_graph_is_used_or_a_line_says_why_not(train, graphs, machine, flags, note):
-    with on_a(machine):
-        status, out, err = train("--device", "cuda", "--compile", *flags, epochs=1)
-    assert status == 0 and ("note: no CUDA graph" in out) == note, err
-    assert [replayed.replays for replayed in graphs] == ([] if note else [2])
-
-
-def test_graph_that_does_not_fit_and_batches_that_are_none(train, monkeypatch):
-    def full(stream):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    @contextlib.contextmanager
-    def broken_off(graph):
-        try:
-            yield
-        finally:
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.Mock)
-    monkeypatch.setattr(torch.cuda, "Stream", mock.Mock)
-    monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "stream", full)
-        with pytest.raises(utils.InputError, match="train without --compile"):
-            utils.capture(None)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "graph", broken_off)
-    with pytest.raises(utils.InputError, match="train without --compile"):
-        utils.capture(lambda calls=iter([0, 0, 0]): next(calls, None) is None and full(None))
-    status, _, err = train("--compile", "--batch-size", 97)
-    assert status == 2 and "--compile has no effect: 96 images are less than a batch of 97" in err
+    assert [graph.replays for graph in PretendedGraph.made] == replays
 
 
 # ---- Precision: what only a GPU can show, and as much of it as a CPU can ---------------------------------
@@ -244,7 +185,7 @@ def test_losses_are_those_in_float64(device, precision, compiled):
 
 @pytest.mark.parametrize("device, precision, compiled", [on("cpu", "bf16"), on("cuda", "bf16", True)])
 def test_an_attack_in_bf16_is_as_strong_as_in_fp32(device, precision, compiled):
-    _, model, x, y = updates(20, device, precision, compiled)
+    _, model, x, y = updates(10 if device == "cpu" else 20, device, precision, compiled)
     plain = copy.deepcopy(model)
     plain.bf16 = False
     utils.set_precision("fp32", torch.device(device))

@@ -25,16 +25,16 @@ prepare = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(prepare)
 
 
-@pytest.mark.parametrize("padding, numpy_mode", [("reflect", "reflect"), ("zero", "constant")])
-def test_every_crop_and_flip_is_that_of_a_padded_image(padding, numpy_mode):
+@pytest.mark.parametrize("padding", ["reflect", "constant"])
+def test_every_crop_and_flip_is_that_of_a_padded_image(padding):
     rng = np.random.default_rng(0)
     corners = [(top, left, flip) for top in range(9) for left in range(9) for flip in (False, True)]
-    images = rng.integers(0, 256, (len(corners), 32, 32, 3), dtype=np.uint8)
+    images = rng.random((len(corners), 3, 32, 32), dtype=np.float32)
     top, left, flip = (torch.tensor(c) for c in zip(*corners))
     got = utils.crop_flip(torch.from_numpy(images), top, left, flip, padding).numpy()
     for image, (t, l, f), result in zip(images, corners, got):
-        want = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode=numpy_mode)[t : t + 32, l : l + 32]
-        np.testing.assert_array_equal(result, want[:, ::-1] if f else want)
+        want = np.pad(image, ((0, 0), (4, 4), (4, 4)), mode=padding)[:, t : t + 32, l : l + 32]
+        np.testing.assert_array_equal(result, want[:, :, ::-1] if f else want)
 
 
 def test_an_epoch_sees_every_image_once_with_draws_of_its_own():
@@ -63,7 +63,7 @@ def test_an_epoch_sees_every_image_once_with_draws_of_its_own():
     # Draws: the position of a white pixel tells offset and flip; all 162 of them occur about equally often.
     dot = torch.zeros(16_200, 32, 32, 3, dtype=torch.uint8)
     dot[:, 15, 14] = 255
-    crops = utils.batches(dot, torch.zeros(len(dot)), 512, utils.seeded("cpu", 1), "zero")
+    crops = utils.batches(dot, torch.zeros(len(dot)), 512, utils.seeded("cpu", 1), "constant")
     white, where = torch.cat([x[:, 0].flatten(1) for x, _ in crops]).max(1)
     counts = where.unique(return_counts=True)[1]
     assert (white == 1).all()
@@ -84,46 +84,30 @@ def test_hold_out_is_a_partition_that_no_seed_changes():
 
 def test_embedded_data_set():
     data = utils.load_dataset(ROOT / "data" / "cifar10_mini.npz")
-    assert data.train_images.shape == (2000, 32, 32, 3) and data.test_images.shape == (500, 32, 32, 3)
-    assert data.train_labels.bincount().tolist() == [200] * 10
-    assert data.test_labels.bincount().tolist() == [50] * 10
-    assert data.train_labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3] and data.num_classes == 10
+    assert data.train_labels.bincount().tolist() == [200] * 10 and len(data.train_images) == 2000
+    assert data.test_labels.bincount().tolist() == [50] * 10 and len(data.test_images) == 500
+    assert data.train_labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]  # as in CIFAR-10
     assert data.test_labels[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
-    assert (ROOT / "data" / "cifar10_mini.npz").stat().st_size < 8e6
 
 
 def write(path, **changes):
     arrays = {"train_images": np.zeros((4, 32, 32, 3), np.uint8), "train_labels": np.arange(4),
-              "test_images": np.zeros((2, 32, 32, 3), np.uint8), "test_labels": np.arange(2), **changes}
-    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+              "test_images": np.zeros((2, 32, 32, 3), np.uint8), "test_labels": np.arange(2)}
+    np.savez(path, **arrays | changes)
 
 
-EMPTY = np.zeros((0, 32, 32, 3), np.uint8)
-
-
-@pytest.mark.parametrize("changes, problem", [
-    ({"test_labels": None}, ""), ({"train_images": np.zeros((4, 32, 32, 3), np.float32)}, ""),
-    ({"train_images": np.zeros((4, 3, 32, 32), np.uint8)}, ""), ({"train_labels": np.arange(3)}, ""),
-    ({"train_labels": np.array([0, 1, -1, 2])}, ""), ({"test_labels": np.zeros(2)}, ""),
-    ({"train_labels": np.array([0, 1, 2, None], dtype=object)}, ""),
-    ({"train_images": EMPTY, "train_labels": np.arange(0)}, r"train_images is uint8 \(0, 32, 32, 3\), not"),
-    ({"test_images": EMPTY, "test_labels": np.arange(0)}, r"test_images is uint8 \(0, 32, 32, 3\), not"),
-    ({"train_labels": np.arange(1, 5)}, "train_labels has 1 to 4, not every class from 0 to 4"),  # as SVHN's
-    ({"train_labels": np.array([1, 0, 255, 3])}, "has 0 to 1, 3, 255, not every class from 0 to 255"),
-    ({"test_labels": np.array([0, 5])}, "has 0 to 3, not every class from 0 to 5")])
-def test_foreign_files_are_refused(tmp_path, changes, problem):
+@pytest.mark.parametrize("changes, shown", [
+    ({"train_images": np.zeros((4, 32, 32, 3), np.float32)}, "train_images is float32"),
+    ({"test_images": np.zeros((2, 3, 32, 32), np.uint8)}, r"test_images is uint8 \(2, 3, 32, 32\)"),
+    ({"train_labels": np.arange(3)}, r"\(3,\)"),
+    ({"train_labels": np.arange(4)[:, None]}, r"train_labels \(4, 1\)"),  # as MedMNIST's and Keras' files
+    ({"train_labels": np.arange(1, 5)}, "from 0 to 4"),                    # as SVHN's
+    ({"train_labels": np.array([0, 1, -1, 2])}, "from 0 to 2"),
+    ({"test_labels": np.array([0, 5])}, "from 0 to 5")])
+def test_foreign_files_are_refused_by_what_is_wrong(tmp_path, changes, shown):
     write(tmp_path / "d.npz", **changes)
-    with pytest.raises(utils.InputError, match=f"d.npz.*{problem}"):
+    with pytest.raises(utils.InputError, match=f"d.npz.*{shown}"):
         utils.load_dataset(tmp_path / "d.npz")
-
-
-def test_damaged_missing_and_unknown_data_are_refused(tmp_path):
-    write(tmp_path / "cifar10.npz")
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "cifar10.npz").read_bytes()[:5000])
-    for name in (tmp_path / "cut.npz", tmp_path / "none.npz", "cifar11", "cifar10"):
-        with pytest.raises(utils.InputError, match=str(name)):
-            utils.load_dataset(name, data_dir=tmp_path)
-    assert len(utils.load_dataset(tmp_path / "cifar10.npz").train_labels) == 4  # by path it is just a file
 
 
 def test_a_named_data_set_is_fetched_on_first_use(tmp_path, monkeypatch):

@@ -1,13 +1,10 @@
 """The losses against their definitions, class by class."""
 
-import datetime
 import math
-import types
 
 import pytest
 import torch
 
-import train_pgdat
 import utils
 
 
@@ -42,32 +39,3 @@ def test_the_logs_figures_are_means_over_images_not_over_batches():
     meter.add(torch.tensor(math.inf), torch.arange(1), right[:1], None)
     with pytest.raises(FloatingPointError, match="not finite"):
         meter.read()
-
-
-def test_the_time_left_is_from_the_mean_of_tested_and_untested_epochs(capsys):
-    """Epochs 3 and 6 of 6 are tested; the epochs before have taken these seconds."""
-    args, log = train_pgdat.parse_args(["--epochs", "6", "--eval-every", "3", "--eval-from", "2"]), []
-    lefts = [f"0:00:{5 * 10} left, tests not counted", f"0:00:{4 * 11} left, tests not counted",
-             f"0:00:{2 * 11 + 30} left", f"0:00:{12 + 30} left", "0:00:30 left", "0:00:00 left"]
-    for epoch, seconds in enumerate((10, 12, 30, 14, 12, 50), 1):
-        log.append({"epoch": epoch, "lr": 0.1, "train_loss": 2.0, "seconds": seconds,
-                    "test_pgd10": 30 if epoch in (3, 6) else None})
-        utils.show_epoch(args, log)
-        assert f"{seconds} s, {lefts[epoch - 1]}\n" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("steps, line", [
-    # 31 s for 23 steps: at 3:51 three epochs of 50 have 125 steps to go, which take 168 s
-    ((100, 100, *[2] * 8, *[1] * 40), "a step takes 1.35 s: the run ends on 2021-05-03 at 12:06"),
-    # 160 s for eight: at 2:46 there are 140 to go, 2,800 s
-    ((3, 3, 40, 40, *[10] * 4, *[20] * 42), "a step takes 20 s: the run ends on 2021-05-03 at 12:49")])
-def test_a_line_says_once_when_the_run_ends(monkeypatch, capsys, steps, line):
-    """After ten steps and half a minute; the first two do not count."""
-    now = datetime.datetime(2021, 5, 3, 12)
-    clock = types.SimpleNamespace(now=lambda: now)
-    monkeypatch.setattr(utils, "datetime", types.SimpleNamespace(datetime=clock,
-                                                                 timedelta=datetime.timedelta))
-    for estimate in (True, False):
-        for seconds in utils.steps(steps, types.SimpleNamespace(epochs=3), 0, len(steps), estimate):
-            now += datetime.timedelta(seconds=seconds)
-        assert capsys.readouterr().out == (f"{line}, tests not counted\n" if estimate else "")

@@ -61,28 +61,3 @@ def test_five_updates(name):
         optimizer.step()
     for p, w in zip(params, want):
         torch.testing.assert_close(p.detach(), w, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", utils.OPTIMIZERS)
-def test_state_survives_a_checkpoint(name, tmp_path):
-    """Two updates, saved and loaded into a fresh optimiser, and a third: as three in one go."""
-    torch.manual_seed(0)
-    gradients = [[torch.randn_like(p) for p in Net().parameters()] for _ in range(3)]
-    start, ends = Net().state_dict(), []
-    for interrupted in (False, True):
-        model = Net()
-        model.load_state_dict(start)
-        optimizer = utils.make_optimizer(model, name, LR, WD, MOMENTUM)
-        for i, grads in enumerate(gradients):
-            if interrupted and i == 2:
-                torch.save({"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()},
-                           tmp_path / "c.pt")
-                saved, model = utils.load_checkpoint(tmp_path / "c.pt"), Net()
-                model.load_state_dict(saved["state_dict"])
-                optimizer = utils.make_optimizer(model, name, LR, WD, MOMENTUM)
-                optimizer.load_state_dict(saved["optimizer"])
-            for p, g in zip(model.parameters(), grads):
-                p.grad = g.clone()
-            optimizer.step()
-        ends.append(model.state_dict())
-    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import runpy
 import sys
 
 import numpy as np
@@ -11,7 +12,6 @@ from conftest import ROOT, TINY, Affine, log, spawn
 
 import eval_aa
 import train_pgdat
-import train_trades
 import utils
 
 # What each of the processes does; each leaves a JSON file.
@@ -127,6 +127,7 @@ def test_evaluation_equals_that_of_one_process_image_by_image(both, script):
     with np.load(folder / "train_pgdat" / "result.npz") as two, np.load(folder / "alone.npz") as alone:
         for name in ("clean", "pgd10", "apgd-ce", "done"):
             assert (two[name] == alone[name]).all()
+        assert two["margin"] == pytest.approx(alone["margin"], abs=1e-4)
         assert two["done"].all() and json.loads(str(two["result"]))["processes"] == 2
 
 
@@ -135,7 +136,7 @@ def test_a_kill_of_one_process_and_one_to_go_on(train, small_npz, tmp_path):
     run = tmp_path / "run"
     done = torchrun(tmp_path / "train_pgdat.py", *TINY, "--dataset", small_npz, "--epochs", 2, "--steps", 1,
                     "--out", run)
-    assert done.returncode != 0 and done.stdout.count("batch norm is not synchronised") == 1, done.stderr
+    assert done.returncode != 0, done.stderr
     assert json.loads((run / "args.json").read_text())["processes"] == 2
     status, out, err = train("--steps", 1, "--resume")
     assert status == 0 and f"{run} goes on after epoch 1" in out, err
@@ -145,24 +146,22 @@ def test_a_kill_of_one_process_and_one_to_go_on(train, small_npz, tmp_path):
     assert [(r["epoch"], r["processes"], r["command"][-1]) for r in record["resumed"]] == [(1, 1, "--resume")]
 
 
-@pytest.mark.parametrize("module, n, flags, problem", [
-    (train_pgdat, 5, ("--batch-size", 42), "5 processes cannot divide batches of 42"),
-    (train_trades, 5, ("--batch-size", 40), "the last one of an epoch, evenly"),  # of 96 images
-    (train_pgdat, 5, ("--batch-size", 5, "--val", 6, "--early-stop-pgd", 1, 2), "--awp, --early-stop-pgd"),
-    (train_trades, 2, ("--batch-size", 48, "--awp", 0.01), "--awp, --early-stop-pgd"),
+@pytest.mark.parametrize("n, flags, culprit", [
+    (5, "--batch-size 42", "42"),
+    (5, "--batch-size 40", "96"),  # images, of which the last batch has 16
+    (2, "--batch-size 48 --awp 0.01", "--awp"),
+    (2, "--batch-size 48 --early-stop-pgd 1 2", "--early-stop-pgd"),
 ])
-def test_what_several_processes_cannot_do(script, small_npz, tmp_path, monkeypatch, module, n, flags,
-                                          problem):
+def test_what_several_processes_cannot_do(script, small_npz, tmp_path, monkeypatch, n, flags, culprit):
     monkeypatch.setattr(utils, "WORLD", n)
     monkeypatch.setattr(utils.dist, "init_process_group", lambda *a, **options: None)
-    out = tmp_path / "run"
-    status, _, err = script(module, "--model", "tiny", "--dataset", small_npz, *flags, "--out", out)
-    assert status == 2 and problem in err and len(err.splitlines()) == 1 and not out.exists()
+    status, _, err = script(train_pgdat, "--model", "tiny", "--dataset", small_npz, *flags.split(), "--out",
+                            tmp_path / "run")
+    assert status == 2 and culprit in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
-def test_a_clusters_RANK_without_torchrun_is_nothing(small_npz, tmp_path):
-    """A run prints and writes."""
-    done = spawn(sys.executable, "train_pgdat.py", *TINY, "--dataset", small_npz, "--steps", 1, "--epochs", 1,
-                 "--out", tmp_path / "run", RANK="3", WORLD_SIZE="8", LOCAL_RANK="3")
-    assert done.returncode == 0 and "the best epoch is 1" in done.stdout, done.stderr
-    assert len(log(tmp_path / "run")) == 1
+def test_a_clusters_RANK_without_torchrun_is_nothing(monkeypatch):
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    alone = runpy.run_path(utils.__file__)
+    assert (alone["RANK"], alone["WORLD"], alone["SHARD"]) == (0, 1, slice(0, None, 1))

@@ -107,7 +107,7 @@ def test_the_differences_from_the_authors_code_are_those_of_the_comparison():
         return f"{max(entry[key] or 0 for entry in entries for key in keys):.0e}".replace("e-0", "e-")
 
     steps, nets = ("images", "weights", "statistics"), ("train", "eval", "statistics")
-    assert f"difference is {worst(pgdat, *steps)} over {len(pgdat)} PGD-AT settings" in README
-    assert f"{worst(trades, *steps)} for TRADES" in README
-    assert f"{worst(done['networks'], *nets)} for the logits" in README
+    for figure in (worst(pgdat, *steps), worst(trades, *steps), worst(done["networks"], *nets)):
+        assert figure in README
+    assert f"over {len(pgdat)} PGD-AT settings" in README
     assert f"of {len(relu)} architectures and {len(done['networks']) - len(relu)} activations" in README

@@ -27,8 +27,7 @@ def problem(scale=1.0):
     return model, torch.rand(8, 3, 32, 32, dtype=torch.float64), torch.randint(10, (8,))
 
 
-@pytest.mark.parametrize("bn_mode", ["train", "eval"])
-@pytest.mark.parametrize("eps, alpha", [("8/255", "2/255"), ("0.031", "0.007")])
+@pytest.mark.parametrize("bn_mode, eps, alpha", [("train", "0.031", "0.007"), ("eval", "8/255", "2/255")])
 def test_a_step_is_the_references(bn_mode, eps, alpha):
     """Attack, loss, weights and running statistics."""
     args = setting("--bn-mode", bn_mode, "--eps", eps, "--alpha", alpha, "--beta", 6)
@@ -52,20 +51,6 @@ def test_a_step_is_the_references(bn_mode, eps, alpha):
     for m, (mean, var) in zip(norms, by_hand.values(), strict=True):
         torch.testing.assert_close(m.running_mean, mean, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(m.running_var, var, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("bn_mode, updates, natural_forwards",
-                         [("train", 2 * 10 + 2, 10 + 1), ("eval", 2, 1 + 1)])
-def test_number_of_forwards_and_of_updates(bn_mode, updates, natural_forwards):
-    model, x, y = problem()
-    args, natural = setting("--bn-mode", bn_mode), []
-    model.register_forward_pre_hook(lambda m, i: natural.append(torch.equal(i[0], x)))
-    optimizer = utils.make_optimizer(model, "sgd", 0.1, 0)
-    attack = attack_of(train_trades, model, args)
-    train_trades.train_step(model, optimizer, attack, x, y, args.eps, 0, utils.seeded("cpu", 0), args)
-    assert model.bn.num_batches_tracked == updates and sum(natural) == natural_forwards
-    assert len(natural) - sum(natural) == 10 + 1
-    assert natural[-2:] == [True, False]  # the loss: natural, then adversarial
 
 
 def test_saturated_logits_stay_finite():
@@ -92,16 +77,8 @@ def test_saturated_logits_stay_finite():
     assert x_adv.isfinite().all() and (x_adv - x).abs().max() > 0
 
 
-@pytest.mark.parametrize("flag", ["--ls", "--early-stop-pgd", "--bn-clean-passes", "--attack"])
-def test_what_trades_does_not_define_is_not_accepted(flag, capsys):
-    with pytest.raises(SystemExit) as e:
-        setting(flag, "1")
-    assert e.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
-
-
 def test_defaults_are_table_13s_best_setting_at_8_255():
-    args = train_trades.parse_args([])
-    assert (args.beta, args.eps, args.alpha, args.steps, args.wd, args.bn_mode, args.activation, args.lr,
-            args.epochs) == (
-        6, 8 / 255, 2 / 255, 10, 5e-4, "eval", "relu", 0.1, 110)
+    want = {"beta": 6, "eps": 8 / 255, "alpha": 2 / 255, "steps": 10, "wd": 5e-4, "bn_mode": "eval",
+            "activation": "relu", "lr": 0.1, "epochs": 110}
+    assert vars(train_trades.parse_args([])).items() >= want.items()
     assert train_trades.NORMALIZE is None
