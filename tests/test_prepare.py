@@ -139,29 +139,23 @@ def test_a_killed_training_leaves_neither_npm_nor_the_lock_behind(tmp_path):
                                env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
                                stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("fetching cifar10")
-    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    pid = retry(lambda: int((tmp_path / "pid").read_text()))
     process.kill()
     process.wait()
     with open(tmp_path / "data" / ".cifar10.lock") as lock:
-        wait_until(lambda: is_free(lock))
+        retry(lambda: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB))
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+        os.kill(pid, 0)
     assert os.listdir(tmp_path / "data") == [".cifar10.lock"]
 
 
-def wait_until(condition):
-    deadline = time.time() + 30
-    while not condition():
-        assert time.time() < deadline
-        time.sleep(0.05)
-
-
-def is_free(lock):
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def retry(function):
+    for _ in range(300):
+        try:
+            return function()
+        except (OSError, ValueError):
+            time.sleep(0.1)
+    return function()
 
 
 @pytest.mark.parametrize("key", MADE_UP)
