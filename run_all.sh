@@ -340,8 +340,7 @@ case $action in
     list)
         match "${rows[@]-*}"
         for i in "${found[@]}"; do
-            evaluate=${evaluations[i]:+ ; eval_aa.py${evaluations[i]}}
-            printf "%-40s | %-17s | %s\n" "${ids[i]}" "${figures[i]}" "${commands[i]}$evaluate"
+            printf "%-40s | %-17s | %s\n" "${ids[i]}" "${figures[i]}" "${commands[i]}${evaluations[i]:+ ; eval_aa.py${evaluations[i]}}"
         done ;;
     ids) expand "${rows[@]-all}"; printf "%s\n" $runs ;;
     print | run)

@@ -231,7 +231,7 @@ def main():
         except RuntimeError as e:
             if "combo" not in name:
                 raise
-            print(f"  no row for {name}: this torch does not know or manage it: {str(e).splitlines()[0]}")
+            print(f"  no row for {name}, which this torch does not manage: {str(e).splitlines()[0][:90]}")
             continue
         s.reserved_gb = (torch.cuda.memory_reserved() - before) / 1e9 if cuda else None
         print(f"  {name:18} {s.loss:.5f}, in float64 {exact[s.who]:.5f}", flush=True)
