@@ -11,9 +11,9 @@
 # run once. A run that fails is named at the end; the others are run all the same.
 #
 # Flags behind the rows go to the training script, --device to the evaluation too: run t2-base --precision bf16 --compile.
-# With --dry-run it prints its setting, and nothing is trained or evaluated. --laptop, with any action and anywhere, is the
-# rows at laptop scale (a tiny network, 2,500 images, 44 epochs), in runs/laptop/ROW. Those that differ in their network
-# alone are the same run there, each in its own folder: tools/report.py counts it once, and to run one of them is enough.
+# With --dry-run it prints its setting, and nothing is trained or evaluated. --laptop, anywhere, is the rows at laptop scale
+# (a tiny network, 2,500 images, 44 epochs), in runs/laptop/ROW. Rows that differ in their network alone are the same run
+# there, each in its own folder: to run one of them is enough.
 #
 # PYTHON is what runs the scripts: an interpreter, or PYTHON="torchrun --nproc_per_node=8 --" for all of a machine's GPUs
 # on one row; every batch has to split evenly then, an epoch's last one too, and --early-stop-pgd takes one process.
@@ -25,16 +25,15 @@ shopt -s extglob
 self=$(readlink -f "$0")
 cd "${self%/*}"
 
-# row ID FIGURES COMMAND...: trained by train_...py with these flags, and evaluated by eval_aa.py, with the flags in
-# `evaluate` if there are any; a COMMAND of eval_aa.py only evaluates a released checkpoint.
-# same ID FIGURES OTHER: the same run as the row OTHER.
+# row ID FIGURES COMMAND...: a run that COMMAND trains, and eval_aa.py evaluates with the flags in `evaluate`; or a released
+# checkpoint that COMMAND, of eval_aa.py, evaluates. same ID FIGURES OTHER: the same run as the row OTHER.
 ids=() figures=() commands=() evaluations=() evaluate=""  # not the environment's
 row() { ids+=("$1") figures+=("$2") commands+=("${*:3}") evaluations+=("${evaluate:+ $evaluate}"); }
 same() { row "$1" "$2" "= $3"; }
 
 # Not in the paper: they show that everything works, on the embedded data.
-evaluate="--n 100 --batch-size 20" row quickstart        -/-/- train_pgdat.py --model tiny --dataset data/cifar10_mini.npz --bn-mode eval --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle
-evaluate="--n 100 --batch-size 20" row quickstart-trades -/-/- train_trades.py --model tiny --dataset data/cifar10_mini.npz --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle
+evaluate="--n 100" row quickstart        -/-/- train_pgdat.py --model tiny --dataset data/cifar10_mini.npz --bn-mode eval --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle
+evaluate="--n 100" row quickstart-trades -/-/- train_trades.py --model tiny --dataset data/cifar10_mini.npz --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle
 # Table 2: early-stopped attack, warm-up of the learning rate, warm-up of eps; ResNet-18.
 row t2-base              82.52/53.58/48.51 train_pgdat.py
 row t2-early-stop-40-70  86.52/52.65/46.6  train_pgdat.py --early-stop-pgd 40 70
@@ -234,7 +233,7 @@ evaluate="--which last" row  s1-xu2020         -/-/- train_pgdat.py --epochs 120
 # Ours: what do the clean passes that only log change? Beside each BN-mode row of ResNet-18, none of them.
 row x-r18-bntrain-clean0 -/-/- train_pgdat.py --bn-clean-passes 0
 row x-r18-bneval-clean0  -/-/- train_pgdat.py --bn-mode eval --bn-clean-passes 0
-# Ours: tricks since the paper, each on its default setting; `python -m tools.report x` has others' figures of similar ones.
+# Ours: tricks since the paper, each on its default setting; results/README.md has others' figures of similar runs.
 # Weight averaging: 0.9995 a step at batch 128 is the FastAT benchmark's (github.com/fzjcdt/FastAT_Benchmark,
 # configs/cifar10/pgd_at_wa.yaml); Gowal et al.'s 0.995 at batch 1024 forgets as fast per image (0.995^(1/8) = 0.9994).
 row x-r18-ema -/-/- train_pgdat.py --ema 0.9995
@@ -243,12 +242,12 @@ row x-r18-ema -/-/- train_pgdat.py --ema 0.9995
 row x-r18-awp        -/-/- train_pgdat.py --awp 0.01
 row x-r18-ema-awp    -/-/- train_pgdat.py --ema 0.9995 --awp 0.01
 row x-trades-r18-awp -/-/- train_trades.py --awp 0.005 --awp-warmup 10
-# Ours: robust overfitting in twelve minutes on a laptop: the paper's 110 epochs on the first 1,000 training images.
+# Ours: robust overfitting in twelve minutes on a laptop: the paper's 110 epochs on the first 1,000 training images. With
+# more weight decay too, the paper's first trick.
 evaluate="--attacks none" row x-laptop-overfitting     -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5
 evaluate="--attacks none" row x-laptop-overfitting-ema -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --ema 0.99
 evaluate="--attacks none" row x-laptop-overfitting-awp -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --awp 0.01
 evaluate="--attacks none" row x-laptop-overfitting-ls  -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --ls 0.3
-# The same with more weight decay: the paper's first trick, where its mechanism is.
 evaluate="--attacks none" row x-laptop-overfitting-wd1e-3 -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --wd 1e-3
 evaluate="--attacks none" row x-laptop-overfitting-wd2e-3 -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --wd 2e-3
 evaluate="--attacks none" row x-laptop-overfitting-wd5e-3 -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --wd 5e-3
@@ -278,7 +277,7 @@ scale_down() {
     for i in "${!ids[@]}"; do
         [[ ${ids[i]} == $all ]] || { unset "ids[i]"; continue; }
         [[ ${commands[i]} != "= "* ]] || continue
-        [[ ${ids[i]} == t@(2|4|7|12)-* ]] && attacks="apgd-ce,apgd-t --stop-after 1000" || attacks=none
+        [[ ${ids[i]} == t@(2|4|7|12)-* ]] && attacks="apgd-ce,apgd-t --error 0.7" || attacks=none
         commands[i]+=" --model tiny --n-train 2500 --time-scale 0.4 --eval-every 11"
         evaluations[i]+=" --attacks $attacks"
     done
@@ -302,20 +301,33 @@ expand() {
 
 # command_lines RUN: what `print` prints and `run` executes for ID or ID@SEED.
 command_lines() {
-    local i seed="" out=runs/${laptop:+laptop/}$1 device=""
+    local i seed="" out=runs/${laptop:+laptop/}$1 device="" command=$python
     match "${1%@*}"
     i=${found[*]}
     [[ $1 != *@* ]] || seed=" --seed ${1#*@}"
+    # On so small a network a second thread gains little, and on a busy machine it costs a multiple.
+    [[ (-z $laptop && $1 != quickstart*) || -n ${OMP_NUM_THREADS-} ]] || command="env OMP_NUM_THREADS=1 $python"
     if [[ ${commands[i]} == eval_aa.py* ]]; then
-        echo "$python ${commands[i]}$seed --out $out/result.json"
+        echo "$command ${commands[i]}$seed --out $out/result.json"
     else
-        echo "$python ${commands[i]}$flags$seed --out $out --resume"
+        # A finished run whose last.pt was deleted, to save space, has nothing left to train.
+        [[ -f $out/best.pt && ! -f $out/last.pt ]] &&
+            grep -qs "\"epochs\": $(grep -cs "" "$out/log.jsonl")," "$out/args.json" ||
+            echo "$command ${commands[i]}$flags$seed --out $out --resume"
         [[ ! $flags =~ \ --device[\ =][^\ ]+ ]] || device=${BASH_REMATCH[0]}
-        [[ "$flags " == *" --dry-run "* ]] || echo "$python eval_aa.py $out${evaluations[i]}$device"
+        [[ "$flags " == *" --dry-run "* ]] || echo "$command eval_aa.py $out${evaluations[i]}$device"
     fi
 }
 
-action=${1:-help} python=${PYTHON:-python} laptop="" flags="" runs=" " failed="" rows=()
+# stop SIGNAL: ends with the command that runs. A Ctrl-C reaches that by itself, other signals are passed on.
+stop() {
+    [ "$1" = INT ] || kill -s "$1" $(jobs -p) 2>/dev/null || true
+    wait
+    echo "run_all.sh: interrupted: $run${failed:+; failed:$failed}" >&2
+    exit $((128 + $(kill -l "$1")))
+}
+
+action=${1:-help} python=${PYTHON:-python} laptop="" flags="" runs=" " run="" failed="" rows=()
 for word in "${@:2}"; do
     if [ "$word" = --laptop ]; then laptop=yes
     elif [[ $word == --@(out|seed)?(=*) ]]; then die "$word: a row has a folder of its own, and ROW@S is the row with seed S"
@@ -328,36 +340,22 @@ case $action in
     list)
         match "${rows[@]-*}"
         for i in "${found[@]}"; do
-            printf "%-40s | %-17s | %s\n" "${ids[i]}" "${figures[i]}" \
-                "${commands[i]}${evaluations[i]:+ ; eval_aa.py${evaluations[i]}}"
+            printf "%-40s | %-17s | %s\n" "${ids[i]}" "${figures[i]}" "${commands[i]}${evaluations[i]:+ ; eval_aa.py${evaluations[i]}}"
         done ;;
-    ids)
-        expand "${rows[@]-all}"
-        printf "%s\n" $runs ;;
+    ids) expand "${rows[@]-all}"; printf "%s\n" $runs ;;
     print | run)
         [ ${#rows[@]} -gt 0 ] || die "$action which row? ./run_all.sh list shows them"
         expand "${rows[@]}"
-        [[ $action != run || $runs != *" quickstart"* ]] ||
-            echo "On a machine that others use, put OMP_NUM_THREADS=1 in front: it is several times faster there."
-        # No command outlives this script: a Ctrl-C reaches both, and a SIGTERM is passed on.
-        trap 'wait; exit 130' INT
-        trap 'kill $(jobs -p) 2>/dev/null || true; wait; exit 143' TERM
+        for signal in INT HUP USR1 TERM; do trap "stop $signal" $signal; done  # Slurm sends USR1
         for run in $runs; do
             [ "$action" = run ] || { command_lines "$run"; continue; }
             while IFS= read -r line; do
                 echo "+ $line"
                 (trap - INT; eval "exec $line") </dev/null &  # a background job ignores Ctrl-C otherwise
-                wait $! || { failed+=" $run (exit status $?)"; break; }
-            done <<<"$(command_lines "$run")"
+                wait $! || { status=$?; [ $status != 130 ] || stop INT; failed+=" $run (exit status $status)"; break; }
+            done < <(command_lines "$run")
         done
-        [ -z "$failed" ] || { echo "run_all.sh: failed:$failed" >&2; exit 1; }
-        [[ $action != run || $runs != *" quickstart"* || $flags == *--dry-run* ]] || cat <<'END' ;;
-The training log tested on all 500 embedded test images, the evaluation on the first 100 of them. Next:
-    ./run_all.sh run t4-r18-ls0.3 --laptop    # a row of Table 4 with the same small network
-    ./run_all.sh print t4-r18-ls0.3           # its own commands, for a GPU
-END
-    help | -h | --help)
-        sed -n '2,/^$/{s/^# \{0,1\}//;p;}' "$self" ;;
-    *)
-        die "unknown action $action: there is list, print, run, ids" ;;
+        [ -z "$failed" ] || { echo "run_all.sh: failed:$failed" >&2; exit 1; } ;;
+    help | -h | --help) sed -n '2,/^$/{s/^# \{0,1\}//;p;}' "$self" ;;
+    *) die "unknown action $action: there is list, print, run, ids" ;;
 esac

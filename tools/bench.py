@@ -8,14 +8,14 @@
     TRADES: every attack step repeats the natural forward.
 (b) ours, fp32: the step of train_pgdat.py or train_trades.py, channels-last, with the same updates.
 (c) ours, bf16, on a CPU that has it. On CUDA the rows are: textbook fp32 and tf32; ours tf32, bf16, and bf16
-    compiled, with the attack in a CUDA graph, as --compile trains.
+    compiled, with the attack in a CUDA graph, as --compile trains; and that with torch's combo_kernels.
 
 First (a) and (b) take three steps in float64 and must agree, or nothing is timed. Then every setting's loss
 after three steps is printed beside float64's: the attack's signs amplify rounding to about a per cent. Then
 the settings take turns on one fixed batch. TFLOP/s count what a setting executes; "% of mm" is their share of
 the rate of matrix products in the same precision and the same turns. On CUDA, GB is what torch reserves for a
-setting, its graph's memory included, "GPU ms" how long the GPU itself works on a step, and "launches" how
-often the host sends it work. Nothing else should run. Cost: five minutes on two CPU cores.
+setting, its graph included, "GPU ms" how long the GPU itself works on a step, and "launches" how often the
+host sends it work. Nothing else should run. Cost: five minutes on two CPU cores.
 """
 
 import os
@@ -35,15 +35,16 @@ from torch.utils.flop_counter import flop_registry
 import models
 import train_pgdat
 import train_trades
+import utils
 from tools import textbook
-from utils import (InputError, Parser, compile_training, cpu_info, device_name, environment, make_optimizer,
-                   number, pick_device, run_script, seeded, set_precision, write_json)
+from utils import seeded
 
 TOLERANCE = 1e-9                      # between (a) and (b) in float64
 SQUARE = {"cpu": 2048, "cuda": 8192}  # rows of the matrices whose product is timed
 # What sends work to a GPU, by name: cudaLaunchKernelExC, cuLaunchKernel, cudaGraphLaunch, cudaMemcpyAsync ...
 LAUNCH = re.compile("cu(da)?(GraphLaunch|Launch|Memcpy|Memset)")
 LAYOUT = {"textbook": torch.contiguous_format, "ours": torch.channels_last}
+COMBO = {"combo_kernels": True, "combo_kernels_pointwise_only": True}  # for torch.compile
 COLUMNS = {  # of the table: key, title, digits
     "ms": ("ms/step", 1), "ms_min": ("min", 1), "ms_max": ("max", 1), "images_per_second": ("images/s", 1),
     "ratio": ("x (a)", 2), "tflops": ("TFLOP/s", 3), "percent_of_mm": ("% of mm", 1),
@@ -63,7 +64,7 @@ def timed(function, device):
 
 
 class Setting:
-    """A fresh model, and a way to take its training steps. name: "ours bf16 compiled", say."""
+    """A fresh model, and a way to take its training steps. name: "ours bf16 compiled" or "... combo", say."""
 
     def __init__(self, script, args, device, name, dtype=torch.float32):
         self.script, self.args, self.device, self.name, self.seconds = script, args, device, name, []
@@ -75,21 +76,21 @@ class Setting:
             self.model.register_forward_pre_hook(lambda model, inputs: inputs[0].double())
         self.attack = partial(script.training_attack, self.model, args)
         if self.compiled:
-            self.attack = compile_training(self.model, self.attack, args, args.batch_size)
-        self.optimizer = make_optimizer(self.model, "sgd", args.lr, args.wd, args.momentum)
+            self.model.compile(dynamic=False, options=COMBO if "combo" in self.compiled else None)
+            self.attack = utils.CapturedAttack(self.attack, self.model)
+        self.optimizer = utils.make_optimizer(self.model, "sgd", args.lr, args.wd, args.momentum)
 
     def step(self, x, y, i):
         """The loss of a training step on x (B, 3, 32, 32), y (B,), with the noise of number i. Its time goes
         to self.seconds."""
-        set_precision(self.precision, self.device)
+        utils.set_precision(self.precision, self.device)
         known, rng = (self.model, self.optimizer), seeded(self.device, "noise", i)
         if self.who == "ours":
-            take = partial(self.script.train_step, *known, self.attack, x, y, self.args.eps, 0, rng,
-                           self.args)
-            seconds, (loss, _, _) = timed(take, self.device)
+            given = *known, self.attack, x, y, self.args.eps, 0, rng, self.args
+            seconds, (loss, _, _) = timed(lambda: self.script.train_step(*given), self.device)
         else:
             take = textbook.trades_step if self.script is train_trades else textbook.pgdat_step
-            seconds, (_, loss) = timed(partial(take, *known, x, y, rng, self.args), self.device)
+            seconds, (_, loss) = timed(lambda: take(*known, x, y, rng, self.args), self.device)
         self.seconds.append(seconds)
         return loss.item()
 
@@ -149,11 +150,10 @@ def product_rate(precision, device):
 
 def machine(device):
     """What the figures are from."""
-    flags = re.findall(r"\b(avx2|avx512f|avx512_bf16|avx512_fp16|amx_bf16|asimd|sve|bf16)\b", cpu_info())
     nvidia = Path("/proc/driver/nvidia/version")
-    return {"processor": device_name(torch.device("cpu")), "processor_flags": sorted(set(flags)),
+    return {"processor": utils.device_name(torch.device("cpu")),
             "driver": re.search(r"\d+\.[\d.]+|$", nvidia.read_text())[0] if nvidia.exists() else None,
-            "cudnn": torch.backends.cudnn.version(), **environment(device)}
+            "cudnn": torch.backends.cudnn.version(), **utils.environment(device)}
 
 
 def show(rows):
@@ -161,18 +161,19 @@ def show(rows):
     for row in rows:
         cells = ["-" if row[k] is None else f"{row[k]:.{digits}f}" for k, (_, digits) in COLUMNS.items()]
         print(f"{row['setting']:18}" + "".join(f"{cell:>10}" for cell in cells))
+    if any(0 in (row["gpu_ms"], row["launches"]) for row in rows):
+        print("0 GPU ms or launches: torch's profiler saw nothing, though the GPU worked")
 
 
 def parse_args():
-    p = Parser(description=__doc__, prog="python -m tools.bench")
+    p = utils.Parser(description=__doc__, prog="python -m tools.bench")
     p.add_argument("--model", choices=models.MODELS, default="preactresnet-18", metavar="NAME",
                    help=", ".join(models.MODELS))
     p.add_argument("--trades", action="store_true", help="measure TRADES instead of PGD-AT")
     p.add_argument("--bn-mode", choices=("train", "eval"),
                    help="batch norm while attacking; default: train, for TRADES eval")
-    p.add_argument("--batch-size", type=number(2, kind=int), default=128, help="images a step")
-    p.add_argument("--rounds", type=number(1, kind=int),
-                   help="steps of each setting that count; default: 30, on a CPU 3")
+    p.add_argument("--batch-size", type=int, default=128, help="images a step, at least two")
+    p.add_argument("--rounds", type=int, help="steps of each setting that count; default: 30, on a CPU 3")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     p.add_argument("--json", metavar="FILE", help="write the figures there, to a new file")
     args = p.parse_args()
@@ -183,7 +184,7 @@ def parse_args():
 
 def main():
     options, load = parse_args(), os.getloadavg()[0]
-    device, n = pick_device(options.device), options.batch_size
+    device, n = utils.pick_device(options.device), options.batch_size
     cuda, script = device.type == "cuda", train_trades if options.trades else train_pgdat
     flags = ["--lr", "0.01"]  # on few images 0.1 leaves too little loss to compare
     flags += ["--bn-mode", options.bn_mode] if options.bn_mode else []
@@ -191,12 +192,7 @@ def main():
     what = f"{'TRADES' if options.trades else 'PGD-AT'}, {args.model}, batch {n}, --bn-mode {args.bn_mode}"
     about = machine(device)
     gpu = f"{about['device']}, driver {about['driver']}, cuDNN {about['cudnn']}; " if cuda else ""
-    print(f"{what}; {gpu}{about['processor']} ({' '.join(about['processor_flags'])}), "
-          f"torch {torch.__version__}, load average {load:.2f}")
-    if load > 0.5 * os.cpu_count():
-        print(f"warning: a load of {load:.2f} on {os.cpu_count()} cores: timings need a quiet machine",
-              file=sys.stderr)
-
+    print(f"{what}; {gpu}{about['processor']}, torch {torch.__version__}")
     difference = largest_difference(script, flags)
     print("(a) and (b) after three steps of tiny in float64: "
           f"weights and running statistics differ by {difference:.1e} (relative)")
@@ -205,11 +201,13 @@ def main():
 
     names = ["textbook fp32", "ours fp32", "ours bf16"]
     if cuda:
-        names = ["textbook fp32", "textbook tf32", "ours tf32", "ours bf16", "ours bf16 compiled"]
+        names = ["textbook fp32", "textbook tf32", "ours tf32", "ours bf16", "ours bf16 compiled",
+                 "ours bf16 combo"]
         torch.compiler.config.force_disable_caches = True  # compilation is timed from nothing
+        torch._dynamo.config.recompile_limit = 64  # all models together: beyond it they would run uncompiled
     try:
-        set_precision("bf16", device)
-    except InputError as e:
+        utils.set_precision("bf16", device)
+    except utils.InputError as e:
         print(f"no row for bf16: {e}")
         names.remove("ours bf16")
     make = partial(Setting, script, args, device)
@@ -227,8 +225,14 @@ def main():
         if cuda:
             torch.cuda.empty_cache()  # what stays reserved holds the settings so far
             before = torch.cuda.memory_reserved()
-        s = make(name)
-        s.loss = s.loss_after_three_steps(images[s.who][few], y[few])
+        try:
+            s = make(name)
+            s.loss = s.loss_after_three_steps(images[s.who][few], y[few])
+        except RuntimeError as e:
+            if "combo" not in name:
+                raise
+            print(f"  no row for {name}, which this torch does not manage: {str(e).splitlines()[0][:90]}")
+            continue
         s.reserved_gb = (torch.cuda.memory_reserved() - before) / 1e9 if cuda else None
         print(f"  {name:18} {s.loss:.5f}, in float64 {exact[s.who]:.5f}", flush=True)
         settings.append(s)
@@ -257,11 +261,11 @@ def main():
             "gpu_ms": gpu_ms, "launches": launches, "compile_seconds": s.seconds[0] if s.compiled else None})
     show(rows)
     after = os.getloadavg()[0]
-    print(f"load average {load:.2f} before, {after:.2f} after")
+    print(f"load average {load:.2f} before, {after:.2f} after; timings need a quiet machine")
     if options.json:
-        write_json(options.json, {"what": what, **about, "load_average": [load, after],
-                                  "difference_float64": difference, "settings": rows})
+        utils.write_json(options.json, {"what": what, **about, "load_average": [load, after],
+                                        "difference_float64": difference, "settings": rows})
 
 
 if __name__ == "__main__":
-    run_script(main)
+    utils.run_script(main)
