@@ -111,11 +111,9 @@ def test_no_two_rows_are_the_same_run_without_saying_so(manifest):
 def test_print_and_list(manifest):
     assert list(listed("t4-r18-*", "t2-base", "t4-*")) == ["t2-base", *listed("t4-*")]
     assert manifest["t4-r18-ls0"] == ("82.52/53.58/48.51", "= t2-base")
-    assert manifest["s1-xu2020"][1].endswith(" --wd 1e-4 ; eval_aa.py --which last")
     assert run_all("print", "t4-r18-ls0.3@1") == (0, (
         "python train_pgdat.py --ls 0.3 --seed 1 --out runs/t4-r18-ls0.3@1 --resume\n"
         "python eval_aa.py runs/t4-r18-ls0.3@1\n"), "")
-    assert run_all("print", "s1-lee2020")[1].endswith("\npython eval_aa.py runs/s1-madry2018 --which last\n")
     assert run_all("print", "t13-eps8-wrn10-released@2")[1] == (
         "python eval_aa.py checkpoints/wide10_trades_eps8_tricks.pt --model wrn-34-10 --no-normalize "
         "--eps 8/255 --seed 2 --out runs/t13-eps8-wrn10-released@2/result.json\n")
@@ -131,13 +129,6 @@ def test_ids_are_the_distinct_runs_that_rows_need(scale):
     assert run_all("print", "t13-*", *scale) == run_all("print", *needed, *scale)
     assert run_all("ids", "t4-r18-ls0*@2", "t2-base@2", "t2-base", *scale)[1].split() == [
         "t2-base@2", "t4-r18-ls0.1@2", "t4-r18-ls0.2@2", "t4-r18-ls0.3@2", "t4-r18-ls0.4@2", "t2-base"]
-
-
-def test_the_name_of_a_table_is_all_of_its_rows_unless_a_row_has_it(manifest):
-    tables = {row.partition("-")[0] for row in manifest} - manifest.keys()
-    assert [*listed(*tables)] == [row for row in manifest if row.partition("-")[0] in tables]
-    assert [*listed("quickstart")] == ["quickstart"]
-    assert run_all("print", "f1a@1") == run_all("print", "f1a-*@1")
 
 
 def test_a_row_at_laptop_scale_is_itself_but_small(manifest):
@@ -163,8 +154,6 @@ def test_laptop_and_flags_of_the_training_script():
             f"python eval_aa.py runs/laptop/{row} --attacks apgd-ce,apgd-t --error 0.7\n")
     for argv in (f"--laptop {row} --precision bf16", f"{row} --precision bf16 --laptop"):
         assert run_all("print", *argv.split()) == (0, said, "")
-    assert run_all("print", "t2-base", "--dry-run", "--dataset=my data.npz")[1] == (
-        r"python train_pgdat.py --dry-run --dataset=my\ data.npz --out runs/t2-base --resume" "\n")
     for device in ("--device cuda:1", "--device=cuda:1"):
         assert run_all("print", "t2-base", *device.split(), "--compile")[1].splitlines() == [
             f"python train_pgdat.py {device} --compile --out runs/t2-base --resume",
@@ -180,27 +169,20 @@ def test_small_networks_take_one_thread_unless_the_user_says_otherwise():
     assert run_all("print", "t2-base", OMP_NUM_THREADS="") == run_all("print", "t2-base")
 
 
-@pytest.mark.parametrize("epochs, last, trains", [(12, False, False), (11, False, True), (12, True, True)])
-def test_a_finished_run_without_its_last_pt_is_only_evaluated(epochs, last, trains):
-    name = f"t2-base@{epochs}{last:d}"
+@pytest.mark.parametrize("epochs, trains", [(12, False), (11, True)])
+def test_a_finished_run_without_its_last_pt_is_only_evaluated(epochs, trains):
+    name = f"t2-base@{epochs}"
     (run := SCRIPT.parent / "runs" / name).mkdir(parents=True)
     utils.write_json(run / "args.json", {"args": {"epochs": 12, "lr": 0.1}})
     (run / "log.jsonl").write_text("{}\n" * epochs)
-    for file in ["best.pt"] + ["last.pt"] * last:
-        (run / file).touch()
+    (run / "best.pt").touch()
     *training, evaluation = run_all("print", name)[1].splitlines()
     assert len(training) == trains and evaluation == f"python eval_aa.py runs/{name}"
 
 
-def test_nothing_but_python_is_taken_from_the_environment():
-    names = ("ids", "figures", "commands", "evaluations", "evaluate", "rows", "flags", "runs", "laptop")
-    assert run_all("print", "t2-base", **dict.fromkeys(names, "z")) == run_all("print", "t2-base")
-
-
 @pytest.mark.parametrize("argv, culprit", [
-    ("walk", "walk"), ("run", "run which row"), ("print --dry-run", "print which row"),
-    ("list --compile", "'--compile'"), ("ids t2-* t99-*@1", "'t99-*'"), ("run t2-base t4-r18", "'t4-r18'"),
-    ("run @1", "''"), ("print t2-*@1%", "t2-*@1%"), ("run t2-base --seed 1", "--seed"),
+    ("walk", "walk"), ("run", "run which row"), ("list --compile", "'--compile'"),
+    ("ids t2-* t99-*@1", "'t99-*'"), ("run t2-base t4-r18", "'t4-r18'"), ("print t2-*@1%", "t2-*@1%"),
     ("run t2-base --out=x", "--out=x"), ("run t2-base quickstart --laptop", "'quickstart'"),
     ("run t2-base t13-rice2020-released --compile", "t13-rice2020-released"),
 ])
@@ -232,17 +214,13 @@ def python(tmp_path):
     return write
 
 
-def test_help_and_a_link_from_elsewhere(tmp_path):
+def test_a_link_from_elsewhere_runs_in_the_repository(tmp_path):
     (link := tmp_path / "all.sh").symlink_to(ROOT / "run_all.sh")
-    done = spawn(link, cwd=tmp_path)
-    assert done.returncode == 0
-    assert all(f"./run_all.sh {action} " in done.stdout for action in ("list", "print", "run", "ids"))
     assert f"\n{ROOT}\n" in spawn(link, "run", "t2-base", cwd=tmp_path, PYTHON="env pwd #").stdout
 
 
 @pytest.mark.parametrize("rows", [
-    ("t2-base", "t4-r18-ls0.1@3"), ("t13-eps8-wrn20-released",), ("s1-lee2020",),
-    ("t4-*@1", "--laptop"), ("t2-base", "--dry-run"), ("t2-base", "--dataset", "*.md")])
+    ("t13-eps8-wrn20-released", "s1-lee2020"), ("t4-*@1", "--laptop"), ("t2-base", "--dataset", "*.md")])
 def test_run_executes_what_print_shows(python, rows):
     python, env = python(STAND_IN), {"FAIL_ON": "nothing", "OMP_NUM_THREADS": ""}
     status, out, _ = run_all("run", *rows, PYTHON=python, **env)

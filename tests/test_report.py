@@ -103,8 +103,7 @@ def test_a_result_counts_once_its_run_is_complete(capsys):
     write("t2-warmup-lr-15", 30.0, 20.0, 15.0, epochs=2)
     assert table("t2", "t2-warmup-lr-15")["Clean: ours"] == "82.00"
     assert "2 of 110 epochs are trained" in capsys.readouterr().err
-    assert "t2-warmup-lr-15                          seed 0 at epoch 2, seed 1 done" in report.show_status(
-        report.read_rows())
+    assert "seed 0 at epoch 2, seed 1 done" in report.show_status(report.read_rows())
     write("t2-warmup-lr-15", 30.0, 20.0, 15.0, evaluated={"epoch": 2})
     assert table("t2", "t2-warmup-lr-15")["Clean: ours"] == "82.00"
     write("t2-warmup-lr-15", 84.0, 20.0, 15.0)
@@ -123,13 +122,11 @@ def test_a_row_is_judged_by_its_checkpoint():
 def test_a_run_of_another_setting_is_skipped(capsys):
     write("t2-warmup-lr-15", 82.0, 53.0, 48.0, ls=0.1)
     write(f"{BASE}@2", 82.0, 53.0, 48.0, seed=1)
-    write("t5-adam", 82.0, 53.0, 48.0, dataset="cifar100")
     write("t2-warmup-lr-20", 82.0, 53.0, 48.0, dataset="elsewhere/cifar10", compile=True)
     assert table("t2", "t2-warmup-lr-15")["AA: ours"] == table("t2", BASE)["AA: ours"] == ""
     assert table("t2", "t2-warmup-lr-20")["AA: ours"] == "48.00"
     err = capsys.readouterr().err
-    assert "runs/t2-warmup-lr-15 is not row t2-warmup-lr-15 (--ls was 0.1, is 0): skipped\n" in err
-    assert "t2-base@2" in err and "(--data was cifar100, is cifar10)" in err
+    assert "t2-warmup-lr-15 (--ls was 0.1, is 0)" in err and "t2-base@2" in err
 
 
 def test_a_stopped_evaluation_is_shown_with_its_error_and_counts_nowhere():
@@ -138,18 +135,8 @@ def test_a_stopped_evaluation_is_shown_with_its_error_and_counts_nowhere():
     shown = table("t2", "t2-warmup-lr-10")
     assert shown["Clean: ours"] == "83.00 ± 1.41" and shown["AA: difference"] == "-0.26"
     assert shown["AA: ours"] == "48.00, ~50.71 ± 0.45 (2,000 images)"
-    write(BASE, 82.0, 53.0, None, error=None, n_done=0)  # PGD-10 alone is done
-    assert table("t2", BASE)["AA: ours"] == ""
     text = report.show_status(report.read_rows())
-    assert "t2: 2 of 10 runs\n" in text and "seed 0 done, seed 1 evaluated in part\n" in text
-
-
-def test_measured(script):
-    write("quickstart", 41.0, 28.0, 25.0, n=100, root="results")
-    write("quickstart@1", 43.0, 30.0, 25.0, n=100, root="results")
-    write("quickstart@2", 43.0, 30.0, 25.0, n=100)
-    assert script(report, "measured")[1].splitlines()[2:] == [  # of what is in results/ alone
-        "| `quickstart` | 2 | 42.00 ± 1.41 | 29.00 ± 1.41 | 25.00 ± 0.00 | 100 | abacus | 0:04:59 |"]
+    assert "t2: 1 of 10 runs\n" in text and "seed 0 done, seed 1 evaluated in part\n" in text
 
 
 # ---- Effects -----------------------------------------------------------------------------------------------
@@ -200,36 +187,29 @@ def test_a_run_in_another_precision_counts_and_a_copy_does_not():
 
 
 def test_rows_that_differ_in_their_network_alone_are_one_run_at_laptop_scale(monkeypatch):
-    """Flags that restate a default make no difference, the checkpoint that is judged does. The first row has
-    the name and the evaluation; a folder may have the name of any."""
+    """The checkpoint that is judged makes a difference. The first row has the name and the evaluation; a
+    folder may have the name of any."""
     monkeypatch.setattr(report, "listing", lambda *flags: """\
 t4-r18-ls0.1  | 82.69/54.04/48.76 | train_pgdat.py --ls 0.1 --model tiny ; eval_aa.py --attacks none
 z-last        | -/-/- | train_pgdat.py --ls 0.1 --model tiny ; eval_aa.py --which last --attacks none
-z-trades      | -/-/- | train_trades.py --model tiny ; eval_aa.py --attacks none
 z-early       | -/-/- | = t4-wrn10-ls0.1
-t4-wrn10-ls0.1 | 85.96/56.88/52.74 | train_pgdat.py --wd 5e-4 --model wrn-34-10 --ls 0.1 --model tiny
-z-train       | -/-/- | train_trades.py --model tiny --bn-mode train ; eval_aa.py --attacks none""")
+t4-wrn10-ls0.1 | 85.96/56.88/52.74 | train_pgdat.py --wd 5e-4 --model wrn-34-10 --ls 0.1 --model tiny""")
     laptop("t4-r18-ls0.1@1", 44.0, 28.0)
     for seed in (0, 1):
         laptop(f"t4-wrn10-ls0.1@{seed}", 46.0, 29.0, loss=2.1)
     rows = report.read_rows(laptop=True)
-    assert [row.run for row in rows.values()] == [
-        "t4-r18-ls0.1", "z-last", "z-trades", "t4-r18-ls0.1", "t4-r18-ls0.1", "z-train"]
+    assert [row.run for row in rows.values()] == ["t4-r18-ls0.1", "z-last", "t4-r18-ls0.1", "t4-r18-ls0.1"]
     for row in ("t4-r18-ls0.1", "t4-wrn10-ls0.1", "z-early"):
-        assert rows[row].figures("pgd10") == {0: 29.0, 1: 28.5}
-        assert rows[row].evaluation.attacks == ()
+        assert rows[row].figures("pgd10") == {0: 29.0, 1: 28.5} and rows[row].evaluation.attacks == ()
     assert rows["z-last"].runs == {}
-    assert report.show_status(rows).startswith("t4: 1 of 1 runs\n")
-    assert all(row.run == row.id for row in report.read_rows().values() if row.id != "z-early")
 
 
 @pytest.mark.parametrize("row, effect", [
     ("t4-r18-ls0.3", (82.51 - 82.52, 54.34 - 53.58, 49.24 - 48.51)),
     ("t12-r18-wd5e-4-softplus-bneval", (82.37 - 81.45, 54.37 - 53.51, 50.51 - 49.06)),
-    ("t7-googlenet-bneval", (85.26 - 83.97, 53.77 - 53.76, 48.83 - 48.73)),
     ("t9-eps0.031-wrn10-wd2e-4-relu-bneval", (85.17 - 85.34, 55.10 - 58.54, 51.85 - 54.64)),
-    ("t6-elu", (82.17 - 82.52, 52.08 - 53.58, None)), (BASE, (None,) * 3), ("x-r18-ema", (None,) * 3),
-    ("t13-rice2020-released", (None,) * 3), ("t7-dpn26-bntrain", (None,) * 3)])
+    ("t6-elu", (82.17 - 82.52, 52.08 - 53.58, None)), (BASE, (None,) * 3),
+    ("t13-rice2020-released", (None,) * 3)])
 def test_the_papers_effect_is_within_the_architecture(row, effect):
     rows = report.read_rows()
     assert [*report.paper_effect(rows[row], rows).values()] == pytest.approx(list(effect))
@@ -245,21 +225,14 @@ def test_rank_correlation_and_its_bootstrap():
     assert figures.bootstrap_interval(x, y, 300) == pytest.approx(np.percentile(found, [2.5, 97.5]))
 
 
-def write_effects():
-    """Two settings with paired differences in PGD-10 of 1.0, 2.0 and of 0.3, 0.1, 0.2."""
-    for seed, pgd10 in enumerate((28.0, 29.0, 27.0)):
-        laptop(f"{BASE}@{seed}", 44.0 + seed, pgd10, apgd=24.0)
-    for name, found in {"t4-r18-ls0.3": (29.0, 31.0), "t7-r18-bneval": (28.3, 29.1, 27.2)}.items():
-        for seed, pgd10 in enumerate(found):
-            laptop(f"{name}@{seed}", 44.5 + seed, pgd10, apgd=24.25)
-
-
 def test_effects_are_drawn_and_printed_for_every_run_with_its_base(script):
-    write_effects()
-    laptop("t8-wrn10-wd1e-4-relu-bntrain", 43.0, 27.0)
-    laptop("t6-gelu", 44.1, 28.1)     # beyond one point in the paper alone
-    laptop("t2-warmup-lr-10", 44.1, 28.1)
-    laptop("x-r18-ema", 43.0, 27.0)   # has no figure in the paper
+    """Two settings with paired differences in PGD-10 of 1.0, 2.0 and of 0.3, 0.1, 0.2."""
+    for name, found in {BASE: (28.0, 29.0, 27.0), "t4-r18-ls0.3": (29.0, 31.0),
+                        "t7-r18-bneval": (28.3, 29.1, 27.2)}.items():
+        for seed, pgd10 in enumerate(found):
+            clean, apgd = (44.0, 24.0) if name == BASE else (44.5, 24.25)
+            laptop(f"{name}@{seed}", clean + seed, pgd10, apgd=apgd)
+    laptop("x-r18-ema", 43.0, 27.0)  # has no figure in the paper
     status, out, _ = script(report, "effects", "--out", "a/e.png")
     assert status == 0 and Path("a/e.png").exists() and "x-r18-ema" not in out
     # Squared deviations 2 (0.5)^2 and 2 (0.1)^2, degrees of freedom 1 and 2: sqrt((0.52 / 3) / 2) = 0.29.
@@ -267,14 +240,8 @@ def test_effects_are_drawn_and_printed_for_every_run_with_its_base(script):
              "PGD-10": "**+1.50** ± 0.29", "APGD": "**+0.25** ± 0.00"}
     assert cells(out, "t4-r18-ls0.3").items() >= shown.items()
     robust, _ = report.show_effects(report.read_rows(), report.read_rows(laptop=True))[0].axes
-    names = {text.get_text(): text.get_weight() for text in robust.texts}
-    assert names == {"label smoothing": "bold", "BN eval": "bold", "wd1e-4": "normal", "gelu": "normal"}
-    # ranks 2, 5, 4, 1, 3 and 2.5, 5, 4, 1, 2.5: covariances sum to 9.5, squares to 10 and 9.5
-    assert robust.get_title().startswith("PGD-10, 5 effects: rank correlation 0.97 (")
-    points = [(c.lines[0].get_xdata()[0], c.lines[0].get_ydata()[0]) for c in robust.containers[:5]]
-    want = [(-7.15, -1.0), (0.76, 1.5), (-1.37, 0.1), (0.06, 0.2), (-0.15, 0.1)]
-    assert np.array(points) == pytest.approx(np.array(want))
-    assert [*zip(robust.get_xlim(), robust.get_ylim())] in drawn(robust)  # y = x
+    points = [(c.lines[0].get_xdata()[0], c.lines[0].get_ydata()[0]) for c in robust.containers[:2]]
+    assert np.array(points) == pytest.approx(np.array([(0.76, 1.5), (0.06, 0.2)]), abs=0.005)
 
 
 # ---- Figures and curves ------------------------------------------------------------------------------------
@@ -285,43 +252,27 @@ def drawn(ax):
     return [[*zip(*line.get_data())] for line in ax.lines if len(line.get_xdata())]
 
 
-def legend(fig):
-    return [text.get_text() for text in fig.legends[0].get_texts()]
-
-
 def test_figures_are_the_curves_of_the_runs_and_the_papers_figures(script):
     write("f3-wd1e-4")
     write("t8-wrn10-wd5e-4-relu-bntrain", epochs=7)  # which f3-wd5e-4 is
-    fig = report.show_figure("f3", report.read_rows())
-    clean, robust = map(drawn, fig.axes)
+    clean, robust = map(drawn, report.show_figure("f3", report.read_rows()).axes)
     curve, star, seven, its_star, papers = clean
     assert curve == [(e + 1, 50 + e % 40) for e in range(110)] and star == [(40, 89)]
     assert seven == curve[:7] and its_star == [seven[-1]] and papers == [(110, 86.07)]
     assert robust[1] == [(40, 59)] and robust[4] == [(110, 56.60)]
-    assert legend(fig)[:3] == ["f3-wd1e-4", "f3-wd2e-4 (not run)", "f3-wd5e-4"]
-    one = report.show_figure("f1", report.read_rows())  # f1b's rows are three of f1a's
-    assert len(legend(one)) == 14 + 2 and [len(drawn(ax)) for ax in one.axes] == [2 + 4] * 2
     assert script(report, "f4")[0] == 0 and Path("figures/f4.png").exists()
 
 
 def test_curves_of_runs(script):
-    small = {"n_train": 1000}
-    paths = [write(BASE, **small), write("t4-r18-ls0.3", epochs=101, **small),
-             write("f1a-r18-wd1e-3", wd=0.005, **small)]
+    paths = [write(BASE), write("t4-r18-ls0.3", epochs=101)]
     assert script(report, "curves", *paths)[0] == 0 and Path("figures/curves.png").exists()
     fig = report.show_curves(paths)
-    first, _, _, robust, _, _ = map(drawn, fig.axes)
+    first, _, robust, _ = map(drawn, fig.axes)
     train, test, _, star, *decays = first
     assert train[0] == (1, 60) and test[0] == (1, 50) and star == [(40, 89)]
     assert [line[0][0] for line in decays] == [100, 105]
     assert robust[0][0] == (1, 20) and robust[1] == [(40, 59)]
-    assert [ax.get_title() for ax in fig.axes[:3]] == ["the default setting", "label smoothing 0.3",
-                                                       "weight decay 0.005"]
-    assert fig.get_suptitle() == "training images 1000, seed 0"
-    onecycle = report.show_curves([laptop("s1-wong2020")])
-    assert onecycle.axes[0].get_title() == "s1-wong2020"  # no other run to differ from
-    decays = "the learning rate decays"
-    assert decays in legend(fig) and decays not in legend(onecycle)
+    assert [ax.get_title() for ax in fig.axes[:2]] == ["the default setting", "label smoothing 0.3"]
 
 
 # ---- The command -------------------------------------------------------------------------------------------
@@ -345,7 +296,6 @@ def test_bad_arguments(script, argv, problem):
 
 
 def test_a_pipe_that_closes_and_a_terminal_without_plus_minus_end_in_no_traceback():
-    command = f"set -o pipefail; {sys.executable} -m tools.report t4 | "
-    for reader, status in (("cat", 0), ("true", 141)):  # 128 + SIGPIPE
-        done = spawn("bash", "-c", command + reader, cwd=".", PYTHONPATH=str(ROOT), PYTHONIOENCODING="ascii")
-        assert (done.returncode, done.stderr) == (status, "")
+    command = f"set -o pipefail; {sys.executable} -m tools.report t4 | true"
+    done = spawn("bash", "-c", command, cwd=".", PYTHONPATH=str(ROOT), PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (141, "")  # 128 + SIGPIPE
