@@ -5,7 +5,10 @@ And what --resume refuses.
 """
 
 import argparse
+import errno
+import fcntl
 import itertools
+import json
 import math
 import os
 import random
@@ -22,6 +25,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, log, same_run, spawn
 
+import eval_aa
 import train_pgdat
 import utils
 
@@ -134,6 +138,30 @@ def test_last_pt_is_written_when_it_is_due_and_log_jsonl_with_it(tmp_path):
     assert written == [1, 1, 3, 3, 5, 5, 7, 7, 9]
 
 
+def test_twenty_fast_epochs_write_last_pt_at_most_four_times_and_can_be_killed(train, tmp_path, monkeypatch):
+    flags = ("--attack", "none", "--bn-clean-passes", 0, "--n-train", 48, "--eval-every", 20)  # 20 steps
+    written, write = [], utils.write_whole
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "write_whole", lambda path, fill: (written.append(path.name), write(path, fill)))
+        assert train(*flags, out=tmp_path / "whole", epochs=20)[0] == 0
+    assert 2 <= written.count("last.pt") <= 4 and written.count("log.jsonl") == written.count("last.pt")
+    moments, step = random.Random(0), train_pgdat.train_step
+    for due in (*(moments.randrange(2, 19) for _ in range(5)), None):
+        calls = itertools.count()
+
+        def killed(*args):
+            if next(calls) == due:
+                raise KeyboardInterrupt
+            return step(*args)
+
+        monkeypatch.setattr(train_pgdat, "train_step", killed)
+        status, _, err = train(*flags, "--resume", out=tmp_path / "cut", epochs=20)
+        assert status == (130 if due else 0), err
+    same_run(tmp_path / "whole", tmp_path / "cut")
+    resumed = json.loads((tmp_path / "cut" / "args.json").read_text())["resumed"]
+    assert [(r["epoch"], r["command"][-1]) for r in resumed] == [(1, "--resume")]  # who went on, and saved
+
+
 def test_the_best_epoch_is_the_first_of_equals_among_those_tested():
     entries = [{"test_clean": v} for v in (1, None, 3, 2, 3)]
     assert utils.best(entries) is entries[2] and utils.best([{}]) is None
@@ -219,18 +247,11 @@ def test_a_run_that_diverges_ends_and_keeps_its_last_good_epoch(train, tmp_path,
         assert utils.load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == len(log(tmp_path / "run")) == 1
 
 
-def test_where_the_file_system_has_no_locks_training_and_evaluation_run(small_npz, tmp_path):
+def test_where_a_file_system_has_no_locks_nobody_is_stopped(train, script, tmp_path, monkeypatch):
     """As on many clusters."""
-    (tmp_path / "sitecustomize.py").write_text("""
-import fcntl
+    def flock(*given):
+        raise OSError(errno.ENOLCK, "No locks available")
 
-def flock(*args):
-    raise OSError(37, "No locks available")
-
-fcntl.flock = flock
-""")
-    train = ("train_pgdat.py", *TINY, "--dataset", small_npz, "--steps", 1, "--epochs", 1, "--out", tmp_path)
-    for command in (train, ("eval_aa.py", tmp_path, "--attacks", "none")):
-        done = spawn(sys.executable, *command, PYTHONPATH=str(tmp_path))
-        assert done.returncode == 0, done.stderr
-    assert (tmp_path / "result.json").exists()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert train("--attack", "none", epochs=1)[0] == 0
+    assert script(eval_aa, tmp_path / "run", "--attacks", "none")[0] == 0
