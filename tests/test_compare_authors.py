@@ -17,7 +17,6 @@ from conftest import spawn
 import models
 import train_pgdat
 import train_trades
-import utils
 from tools import compare_authors as tool
 from tools.textbook import pgdat_step, trades_step
 

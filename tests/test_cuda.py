@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import TINY, attack_of, log, needs_bf16, same_run
 from pretended_gpu import PretendedGraph, pretended_gpu
+from torch.overrides import TorchFunctionMode
 
 import eval_aa
 import models
@@ -18,6 +19,23 @@ import train_trades
 import utils
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def own_graphs():
+    forget_graphs()
+    yield
+    forget_graphs()
+
+
+def forget_graphs():
+    """Dynamo's limit of 8 graphs is for all models of a process: beyond it they would run uncompiled."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def test_a_gpu_that_is_not_there_is_one_clear_line(train):
@@ -58,8 +76,7 @@ def on_a(machine):
 @pytest.mark.parametrize("module, device, flags", [
     (train_pgdat, "auto", "--precision fp32 --val 16 --early-stop-pgd 0 1 --optimizer sgd-gc"),
     (train_pgdat, "cuda:0", "--precision bf16 --compile --bn-mode eval --ema 0.9"),
-    (train_trades, "auto", "--precision bf16 --compile --bn-mode train"),
-    (train_trades, "cuda", "--optimizer adam --lr 1e-3 --awp 0.01 --ema 0.9"),
+    (train_trades, "cuda", "--precision bf16 --compile --optimizer adam --lr 1e-3 --awp 0.01"),
 ])
 def test_training_going_on_and_evaluation(script, small_npz, tmp_path, monkeypatch, machine, module, device,
                                           flags):
@@ -80,67 +97,133 @@ def test_training_going_on_and_evaluation(script, small_npz, tmp_path, monkeypat
     assert record["args"]["precision"] == precision and record["device"] == result["device"] == name
     assert "goes on after epoch 1" in trained[1] and result["complete"]
     assert len(log(run)) == 2 and all(0 < e["train_loss"] < 100 for e in log(run))
+    assert machine == "pretended" or (graphs() > 0) == ("--compile" in flags)
+
+
+def test_several_evaluations_on_one_gpu_sum_on_the_cpu(script, run, monkeypatch):
+    """NCCL takes one process a GPU."""
+    summed, total = [], utils.sum_over_processes
+    monkeypatch.setattr(utils, "sum_over_processes", lambda t: summed.append(t.device.type) or total(t))
+    with pretended_gpu():
+        status, _, err = script(eval_aa, run, "--n", 4, "--attacks", "apgd-ce", "--batch-size", 2)
+    assert status == 0 and summed == ["cpu"] * (3 + 2), err  # clean, PGD-10 and margins; two rounds
 
 
 # ---- The training attack in a CUDA graph -------------------------------------------------------------------
 
 
-def three_steps(module, argv, compiled, captured):
-    """x' of three steps, of which the last has fewer images, and the state dict behind them."""
+def prepared(module, argv, compiled=False, captured=False):
+    """(model, optimizer, attack, args) on the GPU."""
     args = module.parse_args(["--model", "tiny", "--steps", "3", *argv])
-    device = torch.device("cuda", 0)
+    device, bf16 = torch.device("cuda", 0), args.precision == "bf16"
+    forget_graphs()
     torch.manual_seed(0)
-    model = models.build("tiny", normalize=module.NORMALIZE).to(device, memory_format=torch.channels_last)
+    model = models.build("tiny", normalize=module.NORMALIZE, bf16=bf16)
+    model.to(device, memory_format=torch.channels_last)
     optimizer, attack = utils.make_optimizer(model, "sgd", args.lr, args.wd), attack_of(module, model, args)
     if compiled:
         model.compile(dynamic=False)
     if captured:
         attack = utils.CapturedAttack(attack, model)
+    return model, optimizer, attack, args
+
+
+def batch(step, size=16):
+    """x, y and the generator of the noise."""
+    x, y, rng = (utils.seeded("cuda", name, step) for name in ("x", "y", "attack"))
+    x = torch.rand(size, 32, 32, 3, device="cuda", generator=x).permute(0, 3, 1, 2)
+    return x, torch.randint(10, (size,), device="cuda", generator=y), rng
+
+
+def four_steps(module, argv, compiled, captured):
+    """x' of four steps, of which the third has fewer images, and the state dict behind them."""
+    model, optimizer, attack, args = prepared(module, argv, compiled, captured)
     images = []
-    for step, size in enumerate((16, 16, 10)):
-        x = torch.rand(size, 32, 32, 3, device=device, generator=utils.seeded(device, "x", step))
-        y = torch.randint(10, (size,), device=device, generator=utils.seeded(device, "y", step))
-        x, rng, eps = x.permute(0, 3, 1, 2), utils.seeded(device, "attack", step), (step + 1) / 3 * args.eps
+
+    def noted(*tensors):
+        images.append(attack(*tensors).clone())
+        return images[-1]
+
+    for step, size in enumerate((16, 16, 10, 16)):
+        x, y, rng = batch(step, size)
         optimizer.param_groups[0]["lr"] = args.lr / (step + 1)
-
-        def noted(*tensors):
-            images.append(attack(*tensors).clone())
-            return images[-1]
-
         with utils.uncompiled(size == 10):
-            module.train_step(model, optimizer, noted, x, y, eps, 0, rng, args)
+            module.train_step(model, optimizer, noted, x, y, (step + 1) / 4 * args.eps, 0, rng, args)
     assert not captured or len(attack.graphs) == 2
+    assert (graphs() > 0) == compiled
     return images, model.state_dict()
 
 
-@pytest.mark.parametrize("machine, compiled", [
-    ("pretended", False), *(pytest.param("real", c, marks=needs_gpu) for c in (False, True))])
+@pytest.mark.parametrize("machine, compiled, precision", [
+    ("pretended", False, "fp32"),
+    *(pytest.param("real", c, p, marks=needs_gpu) for c in (False, True) for p in ("fp32", "bf16"))])
 @pytest.mark.parametrize("bn_mode", ["train", "eval"])
 @pytest.mark.parametrize("module", [train_pgdat, train_trades])
-def test_graph_changes_no_bit(monkeypatch, machine, compiled, module, bn_mode):
-    """Of x', weights and running statistics, while eps and lr change, and with a smaller last batch."""
+def test_graph_changes_no_bit(monkeypatch, machine, compiled, precision, module, bn_mode):
+    """Of x', weights and running statistics, while eps and lr change, with a smaller batch and after it."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     with on_a(machine):
-        without, with_graph = (three_steps(module, ["--bn-mode", bn_mode], compiled, graph)
-                               for graph in (False, True))
+        argv = ["--bn-mode", bn_mode, "--precision", precision]
+        utils.set_precision(precision, torch.device("cuda"))
+        torch.backends.cudnn.benchmark = False
+        without, with_graph = (four_steps(module, argv, compiled, graph) for graph in (False, True))
     for got, want in zip(with_graph[0], without[0], strict=True):
         assert torch.equal(got, want)
     for name, want in without[1].items():
         assert torch.equal(with_graph[1][name], want), name
 
 
-@pytest.mark.parametrize("module, flags, replays", [
-    (train_pgdat, "--warmup-eps 2 --ema 0.9", [4, 2]),  # two shapes of batches
-    (train_trades, "--warmup-eps 2 --ema 0.9", [4, 2]),
-    (train_pgdat, "--early-stop-pgd 1 2", [])])         # the attack's length depends on the images
-def test_graph_in_a_run_changes_no_bit(script, small_npz, tmp_path, module, flags, replays):
+class NoWaiting(TorchFunctionMode):
+    """On a pretended GPU: what lets the host wait for a real one is an error."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        waits = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero")
+        assert func.__name__ not in waits, func
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def waiting_is_an_error(machine):
+    if machine == "pretended":
+        with NoWaiting():
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@MACHINES
+@pytest.mark.parametrize("module", [train_pgdat, train_trades])
+def test_a_step_with_a_graph_never_waits_for_the_gpu(machine, module):
+    """Attack, update, figures and averaging, after a step that warms up."""
+    with on_a(machine):
+        argv = ["--precision", "bf16", "--awp", "0.01"]
+        model, optimizer, attack, args = prepared(module, argv, captured=True)
+        average, meter = copy.deepcopy(model), utils.Meter("cuda")
+        for step in range(2):
+            x, y, rng = batch(step)
+            with waiting_is_an_error(machine) if step else contextlib.nullcontext():
+                loss, *logits = module.train_step(model, optimizer, attack, x, y, args.eps, 0, rng, args)
+                meter.add(loss, y, *logits)
+                utils.update_average(average, model, 0.9, step)
+        with pytest.raises((AssertionError, RuntimeError)), waiting_is_an_error(machine):
+            meter.read()
+
+
+@pytest.mark.parametrize("flags, replays", [
+    ("--warmup-eps 2 --ema 0.9", [4, 2]),  # two shapes of batches
+    ("--early-stop-pgd 1 2", [])])         # the attack's length depends on the images
+def test_graph_in_a_run_changes_no_bit(script, small_npz, tmp_path, flags, replays):
     """Two epochs of batches of 40, 40 and 16 images: as many captures as shapes, a replay a step."""
     argv = (*TINY, "--batch-size", 40, "--dataset", small_npz, "--steps", 2, "--epochs", 2, "--eval-from", 2,
             *flags.split())
     with pretended_gpu():
         for out, more in (("without", ()), ("with", ("--compile",))):
-            status, _, err = script(module, *argv, "--out", tmp_path / out, *more)
+            status, _, err = script(train_pgdat, *argv, "--out", tmp_path / out, *more)
             assert status == 0, err
     same_run(tmp_path / "without", tmp_path / "with")
     assert [graph.replays for graph in PretendedGraph.made] == replays
@@ -151,6 +234,7 @@ def test_graph_in_a_run_changes_no_bit(script, small_npz, tmp_path, module, flag
 
 def updates(n, device, precision, compiled=False, dtype=torch.float32):
     """n updates of PGD-AT, whose attack starts from the images, on one batch -> their losses, model, x, y."""
+    forget_graphs()
     utils.set_precision(precision, torch.device(device))
     args, losses = train_pgdat.parse_args(["--bn-mode", "eval"]), []
     torch.manual_seed(0)
@@ -165,6 +249,7 @@ def updates(n, device, precision, compiled=False, dtype=torch.float32):
         for _ in range(n):
             loss, *_ = train_pgdat.train_step(model, optimizer, attack, x, y, 8 / 255, 0, None, args)
             losses.append(loss.item())
+    assert (graphs() > 0) == compiled
     return losses, model, x, y
 
 

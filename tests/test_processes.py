@@ -31,8 +31,8 @@ def main():
     torch.distributed.init_process_group = lambda *a, **options: None  # the scripts', three in one process
     out["gradient"] = gradient(utils.SHARD)
     for script in (train_pgdat, train_trades):
-        sys.argv = [script.__name__ + ".py", *map(str, TINY), "--dataset", str(npz), "--epochs", "1", "--steps", "2",
-                    "--ema", "0.9", "--out", str(folder / script.__name__)]
+        sys.argv = [script.__name__ + ".py", *map(str, TINY), "--dataset", str(npz), "--epochs", "1",
+                    "--steps", "2", "--ema", "0.9", "--out", str(folder / script.__name__)]
         script.train_step, script.train_step_alone = watched(script), script.train_step
         script.main()
     utils.sum_over_processes(torch.zeros(1))

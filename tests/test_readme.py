@@ -32,8 +32,9 @@ def test_a_command_is_one(command):
         assert done.returncode == 0 and done.stdout, done.stderr
     elif words[:2] == ["python", "-m"]:
         assert words[2] == "pytest" or (ROOT / f"{words[2].replace('.', '/')}.py").exists()
-    elif words[0] == "python":
-        assert PARSERS[words[1]].parse_args(words[2:])
+    elif words[0] in ("python", "torchrun"):
+        script, *flags = words[1:] if words[0] == "python" else words[words.index("--") + 1 :]
+        assert PARSERS[script].parse_args(flags)
     else:
         assert words[0] == "sbatch"
 
@@ -58,7 +59,6 @@ def test_the_snippet_for_a_model_of_ones_own_runs(tmp_path, monkeypatch):
     names = {}
     exec(SNIPPETS[0], names)
     assert names["result"]["complete"] and (tmp_path / "mine.json").exists()
-    assert "eval_aa.load_model(" in SNIPPETS[1] and "benchmark(model, " in SNIPPETS[1]  # not installed here
 
 
 def test_flags_and_links_exist(capfd):

@@ -46,6 +46,15 @@ def test_updates_by_hand():
     check(average.state_dict(), start, seen, DECAYS)
 
 
+def test_all_tensors_at_once_are_each_by_itself_bit_for_bit():
+    torch.manual_seed(0)
+    average, model = models.build("tiny"), models.build("tiny")
+    want = [a.lerp(v, 1 - 3 / 12) if a.is_floating_point() else v
+            for a, v in zip(average.state_dict().values(), model.state_dict().values())]
+    utils.update_average(average, model, 0.9, 2)
+    assert all(map(torch.equal, average.state_dict().values(), want))
+
+
 @SCRIPTS
 def test_a_run_tests_and_saves_the_average_and_trains_as_without(module, script, small_npz, tmp_path,
                                                                  monkeypatch):
