@@ -337,12 +337,6 @@ def test_what_is_refused_leaves_everything_as_it_was(script, checkpoint, argv, p
     assert files(checkpoint) == before
 
 
-def test_an_evaluation_in_progress_is_not_joined(script, checkpoint):
-    with utils.lock(checkpoint, ".tiny_result.lock"):
-        status, _, err = script(eval_aa, *TINY, "--attacks", "none")
-    assert status == 2 and "another process is working in" in err
-
-
 def test_other_weights_are_refused_until_the_result_is_deleted(script, checkpoint):
     argv = (*TINY, "--attacks", "none")
     assert script(eval_aa, *argv)[0] == 0

@@ -48,11 +48,10 @@ def test_forms_that_are_read(tmp_path, capsys, wrap):
 @pytest.mark.parametrize("wrap", [
     lambda s: {"net": s, "ema": s},
     lambda s: {"optimizer": {"state": s}},
-    lambda s: {**prefixed("a.")(s), **prefixed("b.")(s)},
     lambda s: {**s, "layer1.0.shortcut.1.weight": torch.ones(3)},
     lambda s: {k: v for k, v in s.items() if k != "linear.bias"},
     lambda s: {**s, "conv1.weight": torch.zeros(64, 3, 3, 3)},
-    lambda s: [1, 2], lambda s: None, lambda s: {}, lambda s: {"state_dict": {"epoch": 1}}])
+    lambda s: [1, 2], lambda s: {"state_dict": {"epoch": 1}}])
 def test_other_forms_and_architectures_are_refused(tmp_path, wrap):
     torch.save(wrap(models.build("tiny").state_dict()), tmp_path / "c.pt")
     with pytest.raises(utils.InputError, match=r"c\.pt "):
@@ -61,20 +60,16 @@ def test_other_forms_and_architectures_are_refused(tmp_path, wrap):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder of two state dicts after three epochs of standard training: ReLU, Softplus with beta 1."""
+    """A state dict after three epochs of standard training."""
     folder = tmp_path_factory.mktemp("trained")
+    argv = ["--model", "tiny", "--dataset", MINI, "--n-train", 1000, "--attack", "none", "--epochs", 3,
+            "--batch-size", 50, "--lr-schedule", "onecycle", "--eval-from", 3, "--out", folder]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.ACTIVATIONS, "softplus", torch.nn.Softplus)
-        for activation in ("relu", "softplus"):
-            argv = ["--model", "tiny", "--dataset", str(MINI), "--n-train", "1000", "--attack", "none",
-                    "--epochs", "3", "--batch-size", "50", "--lr-schedule", "onecycle", "--eval-from", "3",
-                    "--activation", activation, "--out", str(folder / activation)]
-            patch.setattr(sys, "argv", ["train_pgdat.py", *argv])
-            train_pgdat.main()
-            utils.LOCKS.clear()
-            state = utils.load_checkpoint(folder / activation / "last.pt")["state_dict"]
-            torch.save(state, folder / f"{activation}.pt")
-    return folder
+        patch.setattr(sys, "argv", ["train_pgdat.py", *map(str, argv)])
+        train_pgdat.main()
+    utils.LOCKS.clear()
+    torch.save(utils.load_checkpoint(folder / "last.pt")["state_dict"], folder / "weights.pt")
+    return folder / "weights.pt"
 
 
 def raw_shortcut(block, x):
@@ -84,22 +79,18 @@ def raw_shortcut(block, x):
     return block.conv2(block.act(block.bn2(out))) + shortcut
 
 
-NARROW = "--std 0.2023 0.1994 0.2010"
-
-
-@pytest.mark.parametrize("name, flags, better", [
-    ("relu", "", None), ("relu", f"--mean 0.4914 0.4822 0.4465 {NARROW}", "our own default"),
-    ("relu", "--no-normalize", "our own default"), ("relu", "--activation leakyrelu", ""),
-    ("softplus", "--activation softplus", ""), ("relu", "raw", "")])
+@pytest.mark.parametrize("flags, better", [
+    ("", None), ("--mean 0.4914 0.4822 0.4465 --std 0.2023 0.1994 0.2010", "our own default"),
+    ("--no-normalize", "our own default"), ("--activation leakyrelu", ""), ("raw", "")])
 def test_batch_norm_tells_of_another_function_on_named_data(
-        trained, tmp_path, script, monkeypatch, name, flags, better):
+        trained, tmp_path, script, monkeypatch, flags, better):
     """And names the normalisation that fits better, if one of the usual ones does."""
     data = utils.load_dataset(str(MINI))
     monkeypatch.setattr(eval_aa, "load_dataset", lambda *args: data)
     if flags == "raw":
         flags = ""
         monkeypatch.setattr(models.PreActBlock, "forward", raw_shortcut)
-    argv = trained / f"{name}.pt", "--model", "tiny", *flags.split(), "--attacks", "none", "--n", 10
+    argv = trained, "--model", "tiny", *flags.split(), "--attacks", "none", "--n", 10
     status, out, err = script(eval_aa, *argv, "--out", tmp_path / "r.json")
     value = json.loads((tmp_path / "r.json").read_text())["misfit"]
     assert status == 0 and (value < 0.15 if better is None else value > 0.25), (value, err)
@@ -153,9 +144,7 @@ def test_a_file_is_renamed_into_place_by_the_first_process(tmp_path, monkeypatch
     assert [p.read_text() for p in (path, tmp_path / "old.json")] == ["2\n", "1\n"]
 
 
-@pytest.mark.parametrize("number, full", [
-    (errno.EINVAL, False), (errno.ENOSYS, False), (errno.ENOTSUP, False), (errno.ENOSPC, True),
-    (errno.EDQUOT, True)])
+@pytest.mark.parametrize("number, full", [(errno.ENOTSUP, False), (errno.ENOSPC, True)])
 def test_fsync_may_be_missing_but_a_full_disk_that_it_reports_keeps_the_old_file(
         tmp_path, monkeypatch, number, full):
     def fsync(file):
@@ -167,19 +156,6 @@ def test_fsync_may_be_missing_but_a_full_disk_that_it_reports_keeps_the_old_file
     with pytest.raises(utils.InputError, match="c.json ") if full else contextlib.nullcontext():
         utils.write_json(path, 2)
     assert list(tmp_path.iterdir()) == [path] and path.read_text() == ("1\n" if full else "2\n")
-
-
-def test_nothing_but_fsync_may_fail(tmp_path, monkeypatch):
-    """A temporary file that a kill left half written is not taken for the new one."""
-    def unsupported(*args):
-        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
-
-    utils.write_json(tmp_path / "c.json", 1)
-    (tmp_path / ".c.json.tmp").write_text("half")
-    monkeypatch.setattr(utils, "open", unsupported, raising=False)
-    with pytest.raises(utils.InputError):
-        utils.write_json(tmp_path / "c.json", 2)
-    assert (tmp_path / "c.json").read_text() == "1\n"
 
 
 def test_a_full_disk_ends_training_in_one_line(train, tmp_path):

@@ -225,25 +225,6 @@ def test_rank_correlation_and_its_bootstrap():
     assert figures.bootstrap_interval(x, y, 300) == pytest.approx(np.percentile(found, [2.5, 97.5]))
 
 
-def test_effects_are_drawn_and_printed_for_every_run_with_its_base(script):
-    """Two settings with paired differences in PGD-10 of 1.0, 2.0 and of 0.3, 0.1, 0.2."""
-    for name, found in {BASE: (28.0, 29.0, 27.0), "t4-r18-ls0.3": (29.0, 31.0),
-                        "t7-r18-bneval": (28.3, 29.1, 27.2)}.items():
-        for seed, pgd10 in enumerate(found):
-            clean, apgd = (44.0, 24.0) if name == BASE else (44.5, 24.25)
-            laptop(f"{name}@{seed}", clean + seed, pgd10, apgd=apgd)
-    laptop("x-r18-ema", 43.0, 27.0)  # has no figure in the paper
-    status, out, _ = script(report, "effects", "--out", "a/e.png")
-    assert status == 0 and Path("a/e.png").exists() and "x-r18-ema" not in out
-    # Squared deviations 2 (0.5)^2 and 2 (0.1)^2, degrees of freedom 1 and 2: sqrt((0.52 / 3) / 2) = 0.29.
-    shown = {"flags": "`train_pgdat.py --ls 0.3`", "paper: Clean": "-0.01", "AA": "+0.73", "ours: seeds": "2",
-             "PGD-10": "**+1.50** ± 0.29", "APGD": "**+0.25** ± 0.00"}
-    assert cells(out, "t4-r18-ls0.3").items() >= shown.items()
-    robust, _ = report.show_effects(report.read_rows(), report.read_rows(laptop=True))[0].axes
-    points = [(c.lines[0].get_xdata()[0], c.lines[0].get_ydata()[0]) for c in robust.containers[:2]]
-    assert np.array(points) == pytest.approx(np.array([(0.76, 1.5), (0.06, 0.2)]), abs=0.005)
-
-
 # ---- Figures and curves ------------------------------------------------------------------------------------
 
 
