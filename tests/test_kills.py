@@ -196,7 +196,6 @@ def test_what_is_not_this_run_is_refused_and_nothing_touched(train, run, small_n
     arrays["train_images"][0, 0, 0, 0] ^= 1
     np.savez(others, **arrays)
     refused(train, run, "--wd was 0.0001, is 0.0002", "--resume", "--wd", "2e-4", "--ls", 0.1)
-    refused(train, run, "--n-train was None, is 90", "--resume", *COMMAND, "--n-train", 90)
     refused(train, run, "--data was", "--resume", *COMMAND, "--dataset", others)
     with mock.patch.object(train_pgdat, "__file__", "train_mart.py"):  # somebody's copy
         refused(train, run, "--script was train_pgdat.py, is train_mart.py", "--resume", *COMMAND)
