@@ -1,6 +1,5 @@
 """README: its commands parse, its flags and files exist, its figures are those of results/."""
 
-import json
 import re
 import shlex
 import sys
@@ -94,20 +93,3 @@ def test_the_effects_in_the_table_of_tricks_are_those_of_their_flags():
                                   "--eval-every 11")
         run, = (run for run in found if laptop[run].setting == setting)
         assert report.effect_cells(found[run])[:3] == [seeds, clean, pgd10]
-
-
-def test_the_differences_from_the_authors_code_are_those_of_the_comparison():
-    done = json.loads((ROOT / "results" / "authors.json").read_text())
-    equal = [s for s in done["settings"] if s["verdict"] == "equal"]
-    trades = [s for s in equal if s["setting"].startswith("TRADES")]
-    pgdat = [s for s in equal if s not in trades]
-    relu = [n for n in done["networks"] if n["setting"] == "ReLU"]
-
-    def worst(entries, *keys):
-        return f"{max(entry[key] or 0 for entry in entries for key in keys):.0e}".replace("e-0", "e-")
-
-    steps, nets = ("images", "weights", "statistics"), ("train", "eval", "statistics")
-    for figure in (worst(pgdat, *steps), worst(trades, *steps), worst(done["networks"], *nets)):
-        assert figure in README
-    assert f"over {len(pgdat)} PGD-AT settings" in README
-    assert f"of {len(relu)} architectures and {len(done['networks']) - len(relu)} activations" in README
