@@ -1,6 +1,7 @@
 """The moving average of the weights against the rule written out, and what a run does with it."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -51,7 +52,9 @@ def test_all_tensors_at_once_are_each_by_itself_bit_for_bit():
     average, model = models.build("tiny"), models.build("tiny")
     want = [a.lerp(v, 1 - 3 / 12) if a.is_floating_point() else v
             for a, v in zip(average.state_dict().values(), model.state_dict().values())]
-    utils.update_average(average, model, 0.9, 2)
+    with mock.patch.object(torch, "_foreach_lerp_", wraps=torch._foreach_lerp_) as lerp:
+        utils.update_average(average, model, 0.9, 2)
+    assert lerp.call_count == 1
     assert all(map(torch.equal, average.state_dict().values(), want))
 
 
