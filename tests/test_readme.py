@@ -43,14 +43,6 @@ def test_the_snippet_for_a_model_of_ones_own_runs(tmp_path, monkeypatch):
         def __init__(self):
             super().__init__(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
 
-    make = eval_aa.make_autoattack
-
-    def quick(*args):
-        aa = make(*args)
-        aa.square.n_queries, aa.fab.n_iter = 50, 5
-        return aa
-
-    monkeypatch.setattr(eval_aa, "make_autoattack", quick)
     monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(Net=Net))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(ROOT / "data")
