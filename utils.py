@@ -65,7 +65,7 @@ def load_dataset(name, device="cpu", data_dir="data"):
     path = Path(name)
     if name in ("cifar10", "cifar100"):
         path, prepare = Path(data_dir, f"{name}.npz"), HERE / "data" / "prepare.py"
-        fetch = [sys.executable, prepare, name, "--data-dir", data_dir]
+        fetch = [sys.executable, prepare, name, "--data-dir", data_dir, "--parent", str(os.getpid())]
         if not path.exists() and subprocess.run(fetch).returncode:
             raise InputError(f"there is no {path}, and {prepare} could not fetch it")
     with np.load(path, allow_pickle=False) as npz:
