@@ -80,7 +80,7 @@ def load_dataset(name, device="cpu", data_dir="data"):
         arrays[f"{split}_labels"] = labels.astype(np.int64)
     every = np.array_equal(np.unique(arrays["train_labels"]), np.arange(num_classes))
     if not every or arrays["test_labels"].min() < 0:
-        raise InputError(f"{path}: labels are not 0 to {num_classes - 1}, each of them in train_labels")
+        raise InputError(f"{path}: labels are not from 0 to {num_classes - 1}, each of them in train_labels")
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(a) for a in arrays.values())).hexdigest()
     return Dataset(*(torch.from_numpy(a).to(device) for a in arrays.values()), num_classes, digest)
 
