@@ -3,16 +3,16 @@
     python eval_aa.py runs/NAME                 its best checkpoint, all test images -> runs/NAME/result.json
     python eval_aa.py runs/NAME --which last    its last checkpoint -> runs/NAME/result_last.json
     python eval_aa.py wrn.pt --model wrn-34-10 --no-normalize       anyone's state dict -> wrn_result.json
-    python eval_aa.py runs/NAME --error 0.4     an estimate of AA, as precise as that
+    python eval_aa.py runs/NAME --error 0.4     an estimate of AA with that standard error, in points
 
 Accuracies are per cent of the images. PGD-10 counts an image as robust if the last iterate is classified
 right, as the paper's checkpoints were selected. AutoAttack is the `standard` version (Croce & Hein, 2020).
-Its own driver runs an attack over all images before the next one starts, so a figure exists at the very end
-only. Here a batch of images goes through all attacks, and after every batch there is a figure. The images
-that PGD-10 nearly broke, or nearly did not, tend to come first: an image of weight w has the key u / w, with
-u uniform in [0, 1), and images come in the order of their keys (priority sampling: Duffield et al., 2007;
-sequential Poisson sampling: Ohlsson, 1998). If t is the smallest key that is not done, an image was chosen
-with probability p = min(1, w t), and
+Its own driver runs each attack over all images before the next, so there is no figure until the very end.
+Here a batch of images goes through all attacks, and after every batch there is a figure. Images whose margin
+after PGD-10 is close to 0 tend to come first: each has a weight w (see priority) and the key u / w, with u
+uniform in [0, 1), and images come in the order of their keys (priority sampling: Duffield et al., 2007;
+sequential Poisson sampling: Ohlsson, 1998). With t the smallest key among the images not yet done, an image
+had the probability p = min(1, w t) of being done by now, and
 
     AA       =  PGD-10 of all N images  -  1/N   sum over the images done of (PGD-10 - AA) / p
     error^2  =                             1/N^2 sum over the images done of (PGD-10 - AA)^2 (1 - p) / p^2
@@ -20,9 +20,9 @@ with probability p = min(1, w t), and
 where PGD-10 and AA are 1 or 0 per image. The estimate is unbiased over seeds, whatever the weights and the
 order of the test set, and after the last image it is AutoAttack's figure.
 
-result.npz says which images are done and which withstood what. It is also the state of an evaluation: the
-same command goes on where it was stopped. `torchrun --nproc_per_node=N -- eval_aa.py ...` deals the batches
-out to N processes, with the same figures.
+result.npz says which images are done and which attacks they withstood. It is also the state of an evaluation:
+the same command resumes where it stopped. `torchrun --nproc_per_node=N -- eval_aa.py ...` splits the batches
+among N processes, with the same flags for every image.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from utils import InputError, attack_mode, classified_right, evaluate, load_data
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # AutoAttack's standard version, in its order
 ATTACKS = (*STANDARD, "apgd-dlr", "fab")
-# What decides an evaluation's figures: a result of another one is refused.
+# The fields that identify an evaluation. A result in which one of them differs is not continued.
 IDENTITY = ("weights_sha256", "data_sha256", "model", "activation", "normalize", "n", "eps", "attacks",
             "seed", "precision", "batch_size")
 COUNTER = "num_batches_tracked"  # which old checkpoints lack
@@ -81,7 +81,7 @@ def parse_args(argv=None):
     g.add_argument("--eps", type=utils.fraction,
                    help="L-inf radius on the [0, 1] scale; default: the run's, or 8/255")
     g.add_argument("--attacks", type=attack_list, default="standard",
-                   help=f"standard (AutoAttack), none, or a list out of {','.join(ATTACKS)}, which is no AA")
+                   help=f"standard (AutoAttack), none, or a list out of {','.join(ATTACKS)} (not AA then)")
     g.add_argument("--error", type=float, default=0.0, metavar="E",
                    help="stop when the standard error of the last attack's figure, over seeds, is at most E "
                         "points; such a figure is 0.05 to 0.3 points too high in simulations")
@@ -89,10 +89,10 @@ def parse_args(argv=None):
                    help="stop after the batch with the N-th image; the command without this flag continues")
     g.add_argument("--dataset", help="cifar10, cifar100 or an .npz's path; default: the run's, or cifar10")
     g.add_argument("--data-dir", help="folder of cifar10.npz; default: the run's, or data")
-    g.add_argument("--n", type=int, help="evaluate the first N test images alone")
+    g.add_argument("--n", type=int, help="evaluate only the first N test images")
     g.add_argument("--seed", type=int, default=0, help="seed of the attacks and of the order of the images")
     g.add_argument("--batch-size", type=int,
-                   help="images per batch; default: 500 on CUDA, 250 elsewhere; later attacks see over half")
+                   help="images per batch; default: 500 on CUDA, 250 elsewhere; most go on to later attacks")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     g.add_argument("--precision", choices=("fp32", "tf32"),
                    help="fp32: strict; tf32: torch's own float32; default: tf32 on CUDA, fp32 elsewhere")
@@ -126,8 +126,8 @@ def load_model(path, model=None, activation=None, no_normalize=False, mean=None,
         state, trained = weights_in(loaded, names, path), {}
         about = {"model": model, "activation": activation or "relu",
                  "normalize": None if no_normalize else (mean, std) if mean else models.CIFAR_NORMALIZE,
-                 "num_classes": len(state.get(names[-1], range(10))),  # the last layer's biases
-                 "epoch": None, "misfit": None}
+                 "num_classes": len(state.get(names[-1], range(10))),  # of the last layer's bias
+                 "epoch": None, "misfit": None}  # which autoattack measures
     found = {k: v.shape for k, v in state.items() if not k.endswith(COUNTER)}
     if found != shapes(about["model"], about["num_classes"]):
         alike = [name for name in models.MODELS if found == shapes(name, about["num_classes"])]
@@ -138,7 +138,7 @@ def load_model(path, model=None, activation=None, no_normalize=False, mean=None,
 
 
 def shapes(model, num_classes=10):
-    """{name: shape} in the state dict of one of our architectures, but for counters. It takes no memory."""
+    """{name: shape} in the state dict of one of our architectures, without counters. It takes no memory."""
     with torch.device("meta"):
         state = models.build(model, num_classes).state_dict()
     return {k: v.shape for k, v in state.items() if not k.endswith(COUNTER)}
@@ -146,25 +146,26 @@ def shapes(model, num_classes=10):
 
 def weights_in(loaded, names, path):
     """The state dict in a file, which is the file or one of its values, without the prefix that all names
-    share, such as `module.` (DataParallel), and without what no layer holds or, in TRADES' case, uses."""
+    share (`module.`: DataParallel), what belongs to no layer, and TRADES' sub_block1, which it never uses."""
     found = [v for v in (loaded, *loaded.values()) if isinstance(v, dict) and v
              and all(isinstance(tensor, torch.Tensor) for tensor in v.values())]
     if len(found) != 1:
         raise InputError(f"{path} holds {len(found) or 'no'} state dicts: save one in a file of its own")
+    # The shortest name that ends like our first one is the prefix and our first name.
     prefix = min((k for k in found[0] if k.endswith(names[0])), key=len, default="").removesuffix(names[0])
     state = {k.removeprefix(prefix): v for k, v in found[0].items()}
     of_layers = (".weight", ".bias", ".running_mean", ".running_var", COUNTER)
     if others := [k for k in state if not k.endswith(of_layers)]:
-        print(f"note: {path}: ignored, since no layer holds it: {', '.join(others)}")
+        print(f"note: {path}: ignored, part of no layer: {', '.join(others)}")
     return {k: v for k, v in state.items() if k not in others and not k.startswith("sub_block1.")}
 
 
 @torch.no_grad()
 def misfit(model, images):
     """How far batch norm's running statistics are from what the network computes on images (N, 32, 32, 3)
-    uint8: about 0.1 in the function that was trained, more in another. It is the mean, over layers that were
-    trained, of the median over channels of |log((v + eps) / (running v + eps))|, v being the variance over
-    the images. None without such a layer."""
+    uint8: about 0.1 for the function that was trained, more for another. The mean, over layers that were
+    trained, of the median over channels of |log((v + eps) / (running v + eps))|, where v is the variance
+    over the images. None without such a layer."""
     logs = []
 
     def compare(norm, inputs):
@@ -199,10 +200,9 @@ def checked_misfit(model, images):
 def priority(pgd10, margin, seed):
     """(weight, key) of each image, (N,) float64 each, from which withstand PGD-10 and their margins after it.
 
-    AutoAttack breaks what came close to being broken: the weight falls with the rank in [0, 1) of how close
-    the margin is to 0, among the images that withstand PGD-10 and among the others, of which a few may
-    withstand a single other attack. Weights decide how precise the estimate is, not its mean.
-    """
+    AutoAttack breaks what came close to being broken: the weight falls with the rank in [0, 1) of |margin|,
+    among the images that withstand PGD-10 and among the others, of which a few withstand another attack.
+    Weights decide how precise the estimate is, not its mean; these were chosen by hand."""
     weight = np.empty(len(pgd10))
     for group, scale, least in ((pgd10, 1, 0), (~pgd10, 0.3, 0.2)):
         rank = abs(margin[group]).argsort(kind="stable").argsort() / max(1, group.sum())
@@ -213,22 +213,22 @@ def priority(pgd10, margin, seed):
 
 def estimate(pgd10, robust, done, weight, key):
     """(accuracy, its standard error over seeds), in per cent, by the formula at the top; (N,) arrays. robust
-    is known where done. The error is at least that of one difference not seen yet, of an image of middling
+    is known where done. The error is at least as if one difference were still unseen, on an image of median
     weight among those to come that withstand PGD-10."""
     if done.all():
         return percent(torch.from_numpy(robust)), 0.0
     t, difference = key[~done].min(), pgd10[done].astype(float) - robust[done]
     p = np.minimum(1, weight[done] * t)
     to_come = ~done & pgd10 if (~done & pgd10).any() else ~done
-    q = t * np.median(weight[to_come])  # below 1, or they would not be to come
+    q = t * np.median(weight[to_come])  # below 1: their keys u / w are at least t
     variance = max((difference**2 * (1 - p) / p**2).sum(), (1 - q) / q**2)
     value, error = pgd10.sum() - (difference / p).sum(), math.sqrt(variance)
     return round(100 * value / len(done), 2), max(0.01, round(100 * error / len(done), 2))
 
 
 def describe(model, images, labels, eps, path, attacks):
-    """What tells an evaluation from another one. The logits of two images belong to it: a function is more
-    than its weights. Raises InputError if an argument is not as autoattack's docstring says."""
+    """The fields that identify an evaluation. Two images' logits are among them, since the same weights can
+    belong to different functions. Raises InputError if an argument is not as autoattack's docstring says."""
     given = {"images (N, H, W, 3) torch.uint8": images.dtype == torch.uint8 and images.shape[3:] == (3,),
              "labels (N,) torch.int64": labels.dtype == torch.int64 and labels.shape == images.shape[:1],
              "an eps below 1, such as 8 / 255": 0 <= eps < 1,
@@ -265,7 +265,7 @@ def open_result(path, about):
               if result.get(k) != about.get(k)]
     was, now = np.array(result.get("logits", about["logits"])), np.array(about["logits"])
     if was.shape != now.shape or (abs(was - now) > 1e-3 * abs(now).max()).any():
-        differ.append("the same weights gave other logits")
+        differ.append("the logits of the same weights were others")
     if not differ and not result["complete"] and "margin" not in arrays:
         differ = ["an older version took the images in another order"]
     if differ:
@@ -305,8 +305,8 @@ def sha256_of(tensors):
 
 
 def make_autoattack(model, eps, seed, device, targets=9):
-    """AutoAttack's standard version, whose targeted attacks try so many classes, on any module."""
-    def forward(x):  # AutoAttack calls .view on the gradient of x, which flat memory makes contiguous
+    """AutoAttack's standard version, on any module. targets: how many classes the targeted attacks try."""
+    def forward(x):  # AutoAttack calls .view on the gradient of x, which flatten makes contiguous
         return model(x.flatten(1).unflatten(1, x.shape[1:]))
 
     torch.backends.cudnn.benchmark = False  # batches shrink as images are broken
@@ -328,7 +328,7 @@ def withstood(aa, attacks, x, y):
         yield attack, robust.clone()
 
 
-@torch.inference_mode(False)  # with gradients, where evaluation code stands under inference_mode or no_grad
+@torch.inference_mode(False)  # gradients, even if the caller is under inference_mode or no_grad
 def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch_size=250, stop_after=None,
                error=0.0, about=None):
     """Clean, PGD-10 and AutoAttack accuracy of any module from x (B, 3, H, W) in [0, 1] to logits (B, K).
@@ -336,15 +336,15 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
     images (N, H, W, 3) uint8 and labels (N,) int64, on the model's device; eps on the [0, 1] scale; path: the
     result's .json. It is written after every batch with the .npz beside it, and a second call with the same
     function and data goes on from there. attacks: out of ATTACKS; stop_after: end after the batch with that
-    image; error: end when the last attack's standard error is at most so many points; about: what else the
+    image; error: end when the last attack's standard error is at most this many points; about: what else the
     result says. Returns the result, a dict. Raises InputError if an argument is not as described here, if the
     logits of an image depend on the others of its batch, or if the files are of another evaluation.
     """
-    path, images, labels = Path(path), images.clone(), labels.clone()  # clones are not of inference mode
+    path, images, labels = Path(path), images.clone(), labels.clone()  # clones are ordinary tensors
     with utils.lock(path.parent, f".{path.stem}.lock"), attack_mode(model, "eval"):
         about = {**describe(model, images, labels, eps, path, attacks), **utils.environment(images.device),
                  "seed": seed, "batch_size": batch_size, **(about or {})}
-        result, arrays = open_result(path, json.loads(json.dumps(about)))
+        result, arrays = open_result(path, json.loads(json.dumps(about)))  # as it would be read back
         if not arrays:
             if "misfit" in result:
                 result["misfit"] = checked_misfit(model, images[:250])
@@ -405,9 +405,9 @@ def main():
                          f"{about['num_classes']} and {n:,}")
     print(f"{path}: {about['model']}, {n:,} of {total:,} test images, eps {255 * eps:.4g}/255")
     if trained.get("data_sha256", data.sha256) != data.sha256:
-        print(f"note: {dataset} is not what it was trained on, by the SHA-256")
+        print(f"note: {dataset} differs from the data it was trained on (SHA-256)")
     if dataset not in ("cifar10", "cifar100"):
-        about.pop("misfit", None)  # one's own data may differ from those of training
+        about.pop("misfit", None)  # test images of one's own may be distributed differently
     model.to(device, memory_format=torch.channels_last)
     about |= {"data_sha256": data.sha256, "precision": args.precision}
     size = args.batch_size or (500 if device.type == "cuda" else 250)

@@ -32,8 +32,8 @@ row() { ids+=("$1") figures+=("$2") commands+=("${*:3}") evaluations+=("${evalua
 same() { row "$1" "$2" "= $3"; }
 
 # Not in the paper: they show that everything works, on the embedded data.
-evaluate="--n 100" row quickstart        -/-/- train_pgdat.py --model tiny --dataset data/cifar10_mini.npz --bn-mode eval --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle
-evaluate="--n 100" row quickstart-trades -/-/- train_trades.py --model tiny --dataset data/cifar10_mini.npz --epochs 8 --batch-size 32 --lr 0.05 --lr-schedule onecycle
+evaluate="--n 50" row quickstart        -/-/- train_pgdat.py --model tiny --dataset data/cifar10_mini.npz --bn-mode eval --epochs 6 --batch-size 64 --lr-schedule onecycle --eval-every 3
+evaluate="--n 50" row quickstart-trades -/-/- train_trades.py --model tiny --dataset data/cifar10_mini.npz --epochs 6 --batch-size 64 --lr-schedule onecycle --eval-every 3
 # Table 2: early-stopped attack, warm-up of the learning rate, warm-up of eps; ResNet-18.
 row t2-base              82.52/53.58/48.51 train_pgdat.py
 row t2-early-stop-40-70  86.52/52.65/46.6  train_pgdat.py --early-stop-pgd 40 70

@@ -12,7 +12,7 @@ ResNet-18 is our preactresnet-18. docs/deviations.md says what the paper leaves 
 log.jsonl, last.pt and best.pt to its folder; `python eval_aa.py FOLDER` evaluates it.
 
 An image costs 26 passes an epoch: 21 in the attack (20 with --bn-mode eval), 3 in the update, 2 clean ones.
-A backward pass counts one if it goes to the inputs or to the weights, and two if it goes to both.
+A backward pass counts as one in the attack, and as two in the update, which needs weight gradients too.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ NORMALIZE = models.CIFAR_NORMALIZE  # inside the model, so that the attack lives
 
 
 def parse_args(argv=None):
-    """The flags of a command line. Ends with exit status 2 if one of them would have no effect."""
+    """The flags of a command line. Exits with status 2 if one of them would have no effect."""
     p = utils.Parser(description=__doc__)
     g = p.add_argument_group("model and data")
     g.add_argument("--model", choices=models.MODELS, default="preactresnet-18", metavar="NAME",
@@ -42,7 +42,7 @@ def parse_args(argv=None):
     g.add_argument("--dataset", default="cifar10", help="data set: cifar10, cifar100 or the path of an .npz")
     g.add_argument("--n-train", type=int, metavar="N", help="take the first N training images; default: all")
     g.add_argument("--val", type=int, default=0, metavar="N",
-                   help="hold out N training images to choose the best checkpoint by, not by the test set")
+                   help="hold out N training images, and choose the best checkpoint on them")
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=int, default=110, help="passes over the training images")
@@ -74,13 +74,13 @@ def parse_args(argv=None):
     g.add_argument("--warmup-eps", type=float, default=0, metavar="EPOCHS",
                    help="epochs over which eps first rises linearly from 0")
     g.add_argument("--early-stop-pgd", type=float, nargs=2, metavar=("A", "B"),
-                   help="early-stopped PGD: an image stops moving once it has been misclassified one time; "
-                        "after A epochs two times; after B epochs three times")
+                   help="early-stopped PGD: an image stops moving once it has been misclassified once; after "
+                        "epoch A twice, after epoch B three times")
     g.add_argument("--bn-mode", choices=("train", "eval"), default="train",
                    help="mode of batch norm while the training attack runs")
     g.add_argument("--bn-clean-passes", type=int, choices=(0, 1, 2), default=2,
-                   help="clean forward passes per step, which move the running statistics: 1 after the "
-                        "update, whose accuracy is logged; 2, as in the authors' code: one before it too")
+                   help="clean forward passes per step, which move the running statistics: one after the "
+                        "update, which is logged, and with 2, as in the authors' code, one before it")
 
     g = p.add_argument_group("tricks since the paper")
     g.add_argument("--ema", type=float, default=0, metavar="DECAY",
@@ -88,7 +88,7 @@ def parse_args(argv=None):
                         "is min(DECAY, (1 + t) / (10 + t))")
     g.add_argument("--awp", type=float, default=0, metavar="GAMMA",
                    help="adversarial weight perturbation: take the gradient with every weight tensor moved "
-                        "up the loss by GAMMA of its norm; its authors use 0.01 for PGD-AT, 0.005 for TRADES")
+                        "uphill by GAMMA times its norm; its authors use 0.01 for PGD-AT, 0.005 for TRADES")
     g.add_argument("--awp-warmup", type=int, default=0, metavar="EPOCHS",
                    help="epochs before --awp starts; its authors use 0 for PGD-AT and 10 for TRADES")
 
@@ -100,7 +100,7 @@ def parse_args(argv=None):
                    help="do not test before this epoch; the best one usually comes after the first decay")
     g.add_argument("--test-batch-size", type=int,
                    help="images per test batch; default: 1000 on CUDA, 250 elsewhere")
-    g.add_argument("--out", help="folder of the run; default: runs/ and a name made of the flags")
+    g.add_argument("--out", help="folder of the run; default: runs/ and a name built from the flags")
     g.add_argument("--resume", action="store_true",
                    help="continue the run in that folder: repeat its command and add this flag")
     g.add_argument("--data-dir", default="data", help="folder of cifar10.npz, which is fetched on first use")
@@ -108,7 +108,7 @@ def parse_args(argv=None):
     g.add_argument("--precision", choices=("fp32", "tf32", "bf16"),
                    help="arithmetic of the model; default: tf32 on CUDA, fp32 elsewhere")
     g.add_argument("--compile", action="store_true",
-                   help="compile the model, and on CUDA capture the attack in a CUDA graph: the same, faster")
+                   help="compile the model, and on CUDA capture the attack in a CUDA graph, which is faster")
     g.add_argument("--dry-run", action="store_true", help="print the setting and exit")
 
     args = p.parse_args(argv)
@@ -118,10 +118,10 @@ def parse_args(argv=None):
 
 
 def training_attack(model, args, x, y, x_start, eps, tolerance=None):
-    """x' (B, 3, 32, 32): PGD from x_start on the cross-entropy, in the authors' code too without smoothing.
+    """x' (B, 3, 32, 32): PGD from x_start on the plain cross-entropy, without --ls, as in the authors' code.
 
-    tolerance: how many misclassifications stop an image; with None none do. The authors' attack ends with a
-    forward pass for its final loss. With --bn-mode train that moves the running statistics, so we make it.
+    tolerance: how many misclassifications stop an image; None: never. The authors' attack ends with a forward
+    pass for its final loss. With --bn-mode train that pass moves the running statistics, so we make it too.
     """
     with attack_mode(model, args.bn_mode):
         x_adv = pgd(model, x, y, x_start, eps, args.alpha, args.steps, tolerance)
@@ -134,9 +134,9 @@ def training_attack(model, args, x, y, x_start, eps, tolerance=None):
 def train_step(model, optimizer, attack, x, y, eps, epoch, rng, args):
     """One step of PGD-AT: the attack, then an update on its images x'. In standard training x' is x.
 
-    attack(x, y, x_start, eps): training_attack of this model, or a CUDA graph of it; x (B, 3, 32, 32) in
-    [0, 1], y (B,); rng: the generator of the random start. Returns what is logged: the mean loss, a scalar
-    tensor, and the logits (B, K) of adversarial and of clean images, None for those that were not computed.
+    attack(x, y, x_start, eps): training_attack of this model or, unless it stops early, a CUDA graph of it.
+    x (B, 3, 32, 32) in [0, 1], y (B,); rng: the generator of the random start. Returns what is logged: the
+    mean loss and the logits (B, K) of adversarial and of clean images, None for those not computed.
     """
     x_adv = x
     if args.attack == "pgd":
@@ -152,9 +152,9 @@ def train_step(model, optimizer, attack, x, y, eps, epoch, rng, args):
         loss = smoothed_cross_entropy(logits, y, args.ls)
         optimizer.zero_grad()
         loss.backward()
-    # The authors' code makes two clean passes, and logs the accuracy of the second. Both are in train mode, so
-    # they move batch norm's running statistics. These are what the test uses, and with --bn-mode eval the
-    # attack too: then one of three moves is by adversarial images, and two are by clean ones.
+    # The authors' code makes two clean passes, and logs the accuracy of the second. Both are in train mode,
+    # so they move batch norm's running statistics, which the test uses, and the attack too with --bn-mode
+    # eval. Two of the three updates of these statistics in a step come from clean images then.
     if args.bn_clean_passes == 2:
         with torch.no_grad():
             model(x)
@@ -163,7 +163,7 @@ def train_step(model, optimizer, attack, x, y, eps, epoch, rng, args):
     if args.bn_clean_passes >= 1:
         with torch.no_grad():
             clean_logits = model(x)
-    if args.attack == "none":
+    if args.attack == "none":  # those passes only move the statistics then
         return loss.detach(), None, logits.detach()
     return loss.detach(), logits.detach(), clean_logits
 
@@ -191,9 +191,10 @@ def main():
     attack = partial(training_attack, model, args)
     if args.compile:
         model.compile(dynamic=False)
-        if device.type == "cuda" and not args.early_stop_pgd:  # whose length depends on the images
+        if device.type == "cuda" and not args.early_stop_pgd:  # early stopping has no fixed length
             attack = utils.CapturedAttack(attack, model)
-    # What a checkpoint holds. start_or_resume puts the state of last.pt back into these objects.
+    # What a checkpoint holds: the state_dict() of each of these objects, which start_or_resume loads again.
+    # "state_dict" is the network that is tested; with --ema "model" is the one that is trained.
     saved = {"state_dict": tested, "optimizer": optimizer, "normalize": NORMALIZE,
              "num_classes": data.num_classes, "data_sha256": data.sha256}
     if args.ema:
@@ -205,7 +206,7 @@ def main():
     for epoch in range(len(log), args.epochs):
         meter = utils.Meter(device)
         data_rng = seeded(device, args.seed, "data", epoch)
-        # Random crops and flips; the authors pad by reflection. SHARD: the part of one of several processes.
+        # Random crops and flips; the authors pad by reflection. SHARD: this process's part of every batch.
         stream = batches(images, labels, args.batch_size, data_rng, padding="reflect", shard=utils.SHARD)
         model.train()
         for step, (x, y) in enumerate(utils.progress(stream, f"epoch {epoch + 1}", steps_per_epoch)):
@@ -224,16 +225,16 @@ def main():
             if args.ema:
                 update_average(tested, model, args.ema, epoch * steps_per_epoch + step)
 
-        # Tested by PGD-10, if --eval-from and --eval-every say so. The best epoch is that of the highest
-        # PGD-10 accuracy on the test set, as in the paper, or with --val on the held-out images.
+        # The PGD-10 test, where --eval-from and --eval-every want one. The best epoch has the highest PGD-10
+        # accuracy on the test set, as in the paper, or with --val on the held-out images.
         figures = meter.read() | utils.test_pgd10(tested, splits, args, epoch + 1)
         log.append({"epoch": epoch + 1, "lr": lr, "eps": eps if args.attack == "pgd" else None, **figures,
                     "seconds": round(time.time() - began, 2)})
-        began = time.time()  # so that the sum over the epochs is the run's
+        began = time.time()  # saving counts for the next epoch, so that the seconds add up to the run's
         utils.save(args, saved, log)
         utils.show_epoch(args, log)
     print(f"the best epoch is {utils.best(log)['epoch']}; evaluate it with: python eval_aa.py {args.out}")
 
 
 if __name__ == "__main__":
-    utils.run_script(main)  # main(), but a user's mistake ends in one line
+    utils.run_script(main)  # main(), but the user's errors end in one line

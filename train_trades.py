@@ -12,7 +12,7 @@ crops are padded with zeros. Pang et al. state neither beta nor the step size at
 A run writes args.json, log.jsonl, last.pt and best.pt to its folder; `python eval_aa.py FOLDER` evaluates it.
 
 An image costs 27 passes an epoch: 21 in the attack and 6 in the update, with --bn-mode eval. A backward pass
-counts one if it goes to the inputs or to the weights, and two if it goes to both.
+counts as one in the attack, and as two in the update, which needs weight gradients too.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ NORMALIZE = None  # TRADES takes images in [0, 1] as they are
 
 
 def parse_args(argv=None):
-    """The flags of a command line. Ends with exit status 2 if one of them would have no effect."""
+    """The flags of a command line. Exits with status 2 if one of them would have no effect."""
     p = utils.Parser(description=__doc__)
     g = p.add_argument_group("model and data")
     g.add_argument("--model", choices=models.MODELS, default="preactresnet-18", metavar="NAME",
@@ -43,7 +43,7 @@ def parse_args(argv=None):
     g.add_argument("--dataset", default="cifar10", help="data set: cifar10, cifar100 or the path of an .npz")
     g.add_argument("--n-train", type=int, metavar="N", help="take the first N training images; default: all")
     g.add_argument("--val", type=int, default=0, metavar="N",
-                   help="hold out N training images to choose the best checkpoint by, not by the test set")
+                   help="hold out N training images, and choose the best checkpoint on them")
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=int, default=110, help="passes over the training images")
@@ -81,7 +81,7 @@ def parse_args(argv=None):
                         "is min(DECAY, (1 + t) / (10 + t))")
     g.add_argument("--awp", type=float, default=0, metavar="GAMMA",
                    help="adversarial weight perturbation: take the gradient with every weight tensor moved "
-                        "up the loss by GAMMA of its norm; its authors use 0.01 for PGD-AT, 0.005 for TRADES")
+                        "uphill by GAMMA times its norm; its authors use 0.01 for PGD-AT, 0.005 for TRADES")
     g.add_argument("--awp-warmup", type=int, default=0, metavar="EPOCHS",
                    help="epochs before --awp starts; its authors use 0 for PGD-AT and 10 for TRADES")
 
@@ -93,7 +93,7 @@ def parse_args(argv=None):
                    help="do not test before this epoch; the best one usually comes after the first decay")
     g.add_argument("--test-batch-size", type=int,
                    help="images per test batch; default: 1000 on CUDA, 250 elsewhere")
-    g.add_argument("--out", help="folder of the run; default: runs/ and a name made of the flags")
+    g.add_argument("--out", help="folder of the run; default: runs/ and a name built from the flags")
     g.add_argument("--resume", action="store_true",
                    help="continue the run in that folder: repeat its command and add this flag")
     g.add_argument("--data-dir", default="data", help="folder of cifar10.npz, which is fetched on first use")
@@ -101,7 +101,7 @@ def parse_args(argv=None):
     g.add_argument("--precision", choices=("fp32", "tf32", "bf16"),
                    help="arithmetic of the model; default: tf32 on CUDA, fp32 elsewhere")
     g.add_argument("--compile", action="store_true",
-                   help="compile the model, and on CUDA capture the attack in a CUDA graph: the same, faster")
+                   help="compile the model, and on CUDA capture the attack in a CUDA graph, which is faster")
     g.add_argument("--dry-run", action="store_true", help="print the setting and exit")
 
     return utils.settle(p, p.parse_args(argv), "trades")  # applies --time-scale, and fills in --lr and --out
@@ -188,7 +188,8 @@ def main():
         model.compile(dynamic=False)
         if device.type == "cuda":
             attack = utils.CapturedAttack(attack, model)
-    # What a checkpoint holds. start_or_resume puts the state of last.pt back into these objects.
+    # What a checkpoint holds: the state_dict() of each of these objects, which start_or_resume loads again.
+    # "state_dict" is the network that is tested; with --ema "model" is the one that is trained.
     saved = {"state_dict": tested, "optimizer": optimizer, "normalize": NORMALIZE,
              "num_classes": data.num_classes, "data_sha256": data.sha256}
     if args.ema:
@@ -200,7 +201,7 @@ def main():
     for epoch in range(len(log), args.epochs):
         meter = utils.Meter(device)
         data_rng = seeded(device, args.seed, "data", epoch)
-        # Random crops and flips; TRADES pads with zeros. SHARD: the part of one of several processes.
+        # Random crops and flips; TRADES pads with zeros. SHARD: this process's part of every batch.
         stream = batches(images, labels, args.batch_size, data_rng, padding="constant", shard=utils.SHARD)
         model.train()
         for step, (x, y) in enumerate(utils.progress(stream, f"epoch {epoch + 1}", steps_per_epoch)):
@@ -219,16 +220,16 @@ def main():
             if args.ema:
                 update_average(tested, model, args.ema, epoch * steps_per_epoch + step)
 
-        # Tested by PGD-10, if --eval-from and --eval-every say so. The best epoch is that of the highest
-        # PGD-10 accuracy on the test set, as in the paper, or with --val on the held-out images.
+        # The PGD-10 test, where --eval-from and --eval-every want one. The best epoch has the highest PGD-10
+        # accuracy on the test set, as in the paper, or with --val on the held-out images.
         figures = meter.read() | utils.test_pgd10(tested, splits, args, epoch + 1)
         log.append({"epoch": epoch + 1, "lr": lr, "eps": eps, **figures,
                     "seconds": round(time.time() - began, 2)})
-        began = time.time()  # so that the sum over the epochs is the run's
+        began = time.time()  # saving counts for the next epoch, so that the seconds add up to the run's
         utils.save(args, saved, log)
         utils.show_epoch(args, log)
     print(f"the best epoch is {utils.best(log)['epoch']}; evaluate it with: python eval_aa.py {args.out}")
 
 
 if __name__ == "__main__":
-    utils.run_script(main)  # main(), but a user's mistake ends in one line
+    utils.run_script(main)  # main(), but the user's errors end in one line

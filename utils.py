@@ -65,7 +65,7 @@ def load_dataset(name, device="cpu", data_dir="data"):
     path = Path(name)
     if name in ("cifar10", "cifar100"):
         path, prepare = Path(data_dir, f"{name}.npz"), HERE / "data" / "prepare.py"
-        fetch = [sys.executable, prepare, name, "--data-dir", data_dir]
+        fetch = [sys.executable, prepare, name, "--data-dir", data_dir, "--parent", str(os.getpid())]
         if not path.exists() and subprocess.run(fetch).returncode:
             raise InputError(f"there is no {path}, and {prepare} could not fetch it")
     with np.load(path, allow_pickle=False) as npz:
@@ -80,7 +80,7 @@ def load_dataset(name, device="cpu", data_dir="data"):
         arrays[f"{split}_labels"] = labels.astype(np.int64)
     every = np.array_equal(np.unique(arrays["train_labels"]), np.arange(num_classes))
     if not every or arrays["test_labels"].min() < 0:
-        raise InputError(f"{path}: labels are not 0 to {num_classes - 1}, each of them in train_labels")
+        raise InputError(f"{path}: labels are not from 0 to {num_classes - 1}, each of them in train_labels")
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(a) for a in arrays.values())).hexdigest()
     return Dataset(*(torch.from_numpy(a).to(device) for a in arrays.values()), num_classes, digest)
 
@@ -363,11 +363,11 @@ def put_back(copied):
 # ---- A run -------------------------------------------------------------------------------------------------
 
 # `torchrun --nproc_per_node=N -- SCRIPT` starts N processes. Every one holds all data and works on its shard
-# of every batch; only the first one prints and writes. A cluster may set RANK too: that is ignored.
+# of every batch; only the first one prints and writes. Without torchrun a cluster's own RANK is ignored.
 WORLD, RANK = (int(os.environ[key]) if dist.is_torchelastic_launched() else default
                for key, default in (("WORLD_SIZE", 1), ("RANK", 0)))
 SHARD = slice(RANK, None, WORLD)
-# A bar if stderr is a terminal; it may be closed.
+# A bar if stderr is a terminal. A closed stderr is None.
 progress = partial(tqdm, leave=False, disable=True if RANK or sys.stderr is None else None)
 
 
@@ -375,14 +375,14 @@ progress = partial(tqdm, leave=False, disable=True if RANK or sys.stderr is None
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the line breaks of the description, and shows each flag's default but None and False."""
+    """Keeps the line breaks of the description, and shows each flag's default, except None and False."""
 
     def _get_help_string(self, action):
         hidden = action.default is None or action.default is False
         return action.help if hidden else super()._get_help_string(action)
 
 
-# The numbers that flags of all scripts take: from the first of the pair, and below the second.
+# {(low, high): the flags, of all scripts, whose numbers have to be at least low and below high}
 BOUNDS = {
     (0, 1): "eps alpha momentum ls ema",
     (0, math.inf): "lr wd beta awp awp_warmup warmup_lr warmup_eps lr_decay_epochs lr_decay_factor "
@@ -405,7 +405,7 @@ class Parser(argparse.ArgumentParser):
             for flag in flags.split():
                 values = getattr(args, flag, None)
                 if values is not None and not all(low <= v < high for v in np.ravel(values)):  # nor NaN
-                    self.error(f"--{flag.replace('_', '-')} takes numbers from {low:g} to below {high:g}")
+                    self.error(f"--{flag.replace('_', '-')} has to be at least {low:g} and below {high:g}")
         return args
 
     def error(self, message):
@@ -440,6 +440,8 @@ def settle(parser, args, prefix):
     """What both training scripts do with their flags: refuse those that would have no effect, apply
     --time-scale, and choose --lr and --out if they are not given."""
     adam = args.optimizer in ("adam", "adamw")
+    if np.size(args.lr_decay_factor) == 1:
+        args.lr_decay_factor = np.ravel(args.lr_decay_factor)[0].item()  # [0.1] is the default, 0.1
     if adam:
         parser.refuse(args, f"--optimizer {args.optimizer}", "momentum")
     if args.awp == 0:
@@ -464,9 +466,9 @@ def settle(parser, args, prefix):
     for flag in ("lr_decay_epochs", "early_stop_pgd"):
         epochs = getattr(args, flag, None) or []
         if epochs != sorted(set(epochs)):
-            parser.error(f"--{flag.replace('_', '-')} takes epochs that rise, not {epochs}")
+            parser.error(f"--{flag.replace('_', '-')} has to rise, but is {epochs} with this --time-scale")
 
-    if args.out is None:  # named after what differs from the defaults: runs/pgdat-ls0.1-bn-mode-eval
+    if args.out is None:  # flags that differ, joined by "-", a number without: runs/pgdat-ls0.1-bn-mode-eval
         changed = {k: v for k, v in parser.changed(args).items() if k not in NOT_A_SETTING}
         words = [f"{k}-{v}" if isinstance(v, str) else f"{k}{v}" for k, v in changed.items()]
         args.out = "runs/" + re.sub(r"[^\w.]+|_", "-", "-".join([prefix, *words])).strip("-")
@@ -485,8 +487,8 @@ def show_setting(args, defaults):
 
 
 def run_script(main):
-    """Run main(). What the user has to mend ends in one line on stderr and exit status 2, a training that
-    diverges in 1, Ctrl-C in 130."""
+    """Run main(). Exit status: 2 for errors that the user can fix, with one line on stderr; 1 if training
+    diverges; 130 after Ctrl-C."""
     def stop(status, line):
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         sys.exit(status)
@@ -497,7 +499,7 @@ def run_script(main):
     try:
         main()
         if dist.is_initialized():
-            sum_over_processes(torch.zeros(1))  # no process ends while another one needs it
+            sum_over_processes(torch.zeros(1))  # wait for the other processes
             dist.destroy_process_group()
     except (InputError, OSError) as e:
         stop(2, f"error: {e}")
@@ -532,7 +534,7 @@ def start_device(args):
 
 def pick_device(name):
     """The torch.device called "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". Under torchrun
-    "cuda" is another GPU for each process. Raises InputError if it cannot be used."""
+    "cuda" means a different GPU in each process. Raises InputError if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -595,7 +597,7 @@ def share_training(model, optimizer, args, n_train):
     if WORLD == 1:
         return
     if args.batch_size % WORLD or n_train % args.batch_size % WORLD:
-        raise InputError(f"{WORLD} processes cannot divide batches of {args.batch_size} of {n_train} images, "
+        raise InputError(f"{WORLD} processes cannot split batches of {args.batch_size} of {n_train} images, "
                          "and the last one of an epoch, evenly")
     if args.awp or args.compile or getattr(args, "early_stop_pgd", None):
         raise InputError("--awp, --early-stop-pgd and --compile run in one process only")
@@ -631,8 +633,8 @@ class CapturedAttack:
     """attack(*tensors, eps) -> x' in one launch. The first call with tensors of certain shapes captures the
     attack in a CUDA graph; every call replays it.
 
-    It is faster since the host needs more time to launch thousands of kernels than the GPU needs to run them.
-    The graph uses the model's weights and running statistics in place. The next call overwrites x'.
+    Launching thousands of kernels takes the host longer than running them takes the GPU. The graph uses the
+    model's weights and running statistics in place. The next call overwrites x'.
     """
 
     def __init__(self, attack, model):
@@ -645,7 +647,7 @@ class CapturedAttack:
         if shapes not in self.graphs:
             inputs, statistics = [t.clone() for t in tensors], copy_values(self.model.buffers())
             self.graphs[shapes] = inputs, *capture(partial(self.attack, *inputs))
-            put_back(statistics)
+            put_back(statistics)  # which the warm-up in capture() moved
         inputs, graph, x_adv = self.graphs[shapes]
         for captured, given in zip(inputs, tensors):
             captured.copy_(given)
@@ -692,11 +694,12 @@ class Meter:
 
 
 def test_pgd10(model, splits, args, epoch):
-    """The test figures for the log, of {split: (images, labels)}; none if the epoch (from 1) is not tested:
-    --eval-from and --eval-every choose; the last one always is. After standard training without PGD-10."""
+    """Test figures for the log, of {split: (images, labels)}; {} if --eval-from and --eval-every leave this
+    epoch (from 1) out. The last one is always tested. After standard training PGD-10 is left out."""
     if epoch < args.epochs and (epoch < args.eval_from or epoch % args.eval_every):
         return {}
-    figures, steps = {}, 0 if getattr(args, "attack", "pgd") == "none" else 10
+    figures = {}
+    steps = 0 if getattr(args, "attack", "pgd") == "none" else 10  # train_trades.py has no --attack
     for split, (images, labels) in splits.items():
         with uncompiled(args.compile):
             flags = evaluate(model, images, labels, args.eps, steps, seed=(args.seed, epoch - 1),
@@ -727,7 +730,7 @@ def show_epoch(args, log):
 
 
 # Files. last.pt is the run: its setting, log and state. It is written first, and --resume writes best.pt and
-# log.jsonl again, so that they agree with it whenever a run was killed.
+# log.jsonl again, so that they agree with it whenever the run was killed.
 
 LOCKS = []  # files that are open, and locked, until the script ends
 
@@ -735,10 +738,10 @@ LOCKS = []  # files that are open, and locked, until the script ends
 def start_or_resume(args, saved, defaults):
     """Start a run in the folder args.out, or resume the one that is there. Returns its log, [] at the start.
 
-    saved: what checkpoints hold, by name; what has a state_dict gets back that of last.pt, and the setting,
-    versions and device are added. "state_dict" is the network that is tested. defaults: the args of a command
-    line without flags; a run that is older than a flag has its default. Raises InputError if the folder holds
-    a run and --resume is not given, or if that run has another setting.
+    saved: what checkpoints hold, by name. To resume, every object with a state_dict is loaded from last.pt;
+    setting, versions and device are added here. defaults: the args of a command line without flags, for flags
+    that did not exist when the run was started. Raises InputError if the folder holds a run and --resume is
+    not given, or if that run has another setting.
     """
     out, log = Path(args.out), []
     now = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -754,33 +757,33 @@ def start_or_resume(args, saved, defaults):
         if differ := differences(was, is_now, vars(defaults)):
             raise InputError(f"{out} was started with other arguments: {'; '.join(differ)}")
         log = before["log"]
-        saved |= {k: before[k] for k in ("args", *now)}
+        saved |= {k: before[k] for k in ("args", *now)}  # as it was started; "resumed" says how it went on
         saved["resumed"] = [*before["resumed"], {"epoch": len(log), **now}]
         for name, part in saved.items():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(before[name])
         write_best_and_log(out, before)
-        print(f"{out} " + ("has finished" if len(log) == args.epochs else f"goes on after epoch {len(log)}"))
+        print(f"{out} " + ("has finished" if len(log) == args.epochs else f"resumes after epoch {len(log)}"))
     if len(log) < args.epochs:
         write_json(out / "args.json", {k: v for k, v in saved.items() if not hasattr(v, "state_dict")})
     return log
 
 
 def differences(before, now, defaults):
-    """Which settings differ between the args of two runs, in words. A flag that a run does not know has its
-    default. The path of the data set is not a setting."""
+    """Which settings differ between the args of two runs, in words. A flag that a run does not know counts
+    as its default. The path of the data set is not a setting."""
     keys = [k for k in sorted(before | now) if k not in (*NOT_A_SETTING, "dataset")]
     pairs = [(k, before.get(k, defaults.get(k)), now.get(k, defaults.get(k))) for k in keys]
     return [f"--{k.replace('_', '-')} was {old}, is {new}" for k, old, new in pairs if old != new]
 
 
 def save(args, saved, log):
-    """Write last.pt, best.pt if the last epoch of the log is the best, and log.jsonl: after the first epoch,
-    the best so far and the last one, and if last.pt is a minute old. Raises FloatingPointError if a weight is
-    not finite."""
+    """Write last.pt, best.pt if the last epoch of the log is the best, and log.jsonl. That is done after the
+    first epoch, a best one and the last one, and otherwise once a minute. Raises FloatingPointError if a
+    weight is not finite."""
     last = Path(args.out, "last.pt")
-    ends = len(log) == args.epochs or best(log) is log[-1] or not last.exists()
-    if RANK > 0 or not ends and time.time() - last.stat().st_mtime < 60:
+    due = len(log) == args.epochs or best(log) is log[-1] or not last.exists()
+    if RANK > 0 or not due and time.time() - last.stat().st_mtime < 60:
         return
     checkpoint = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in saved.items()}
     weights = {k: v.cpu() for k, v in checkpoint["state_dict"].items()}  # for machines without a GPU
@@ -810,7 +813,7 @@ def load_checkpoint(path):
     except Exception as e:  # a damaged file can raise nearly anything
         foreign = re.search(r"GLOBAL (\S+)", str(e))
         reason = (f"it holds an object of {foreign[1]}, which could run code: save the state dict alone"
-                  if foreign else "it is damaged, or no file of torch.save")
+                  if foreign else "it is damaged, or not a file of torch.save")
         raise InputError(f"{path} cannot be read as a checkpoint: {reason}") from None
 
 
@@ -833,7 +836,7 @@ def write_whole(path, write):
             try:
                 os.fsync(file.fileno())  # where a full disk or quota may show first
             except OSError as e:
-                if e.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system without it
+                if e.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # no fsync here
                     raise
     except OSError as e:
         temporary.unlink(missing_ok=True)
