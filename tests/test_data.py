@@ -94,9 +94,10 @@ def test_foreign_files_are_refused_by_what_is_wrong(tmp_path, changes, shown):
 def test_a_named_data_set_is_fetched_on_first_use(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "HERE", tmp_path)
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "prepare.py").write_text("import os, sys\nname, flag, folder, *parent = sys.argv[1:]\n"
-                                                  "assert [flag, *parent] == ['--data-dir', '--parent', str(os.getppid())]\n"
-                                                  "os.rename(f'{folder}/spare.npz', f'{folder}/{name}.npz')")
+    (tmp_path / "data" / "prepare.py").write_text(
+        "import os, sys\nname, flag, folder, *parent = sys.argv[1:]\n"
+        "assert [flag, *parent] == ['--data-dir', '--parent', str(os.getppid())]\n"
+        "os.rename(f'{folder}/spare.npz', f'{folder}/{name}.npz')")
     write(tmp_path / "spare.npz")
     for _ in range(2):
         assert len(utils.load_dataset("cifar100", data_dir=tmp_path).train_labels) == 4

@@ -35,7 +35,7 @@ def test_a_command_is_one(command):
         script, *flags = words[1:] if words[0] == "python" else words[words.index("--") + 1 :]
         assert PARSERS[script].parse_args(flags)
     else:
-        assert words[0] in ("sbatch", "torchrun")
+        assert words[0] == "sbatch"
 
 
 def test_the_snippet_for_a_model_of_ones_own_runs(tmp_path, monkeypatch):
