@@ -242,6 +242,17 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path, pictures, monkeypatch, 
     assert files(tmp_path) == {}
 
 
+def test_it_runs_in_inference_mode_and_with_a_state_of_any_kind(tmp_path, pictures):
+    """As in Lightning's test loop, whose images and labels are tensors of inference mode."""
+    model = Quadratic()
+    model.get_extra_state = lambda: {"a state": "of any kind"}
+    want = eval_aa.autoattack(model, *pictures, EPS, tmp_path / "a.json", ["apgd-ce"])
+    with torch.inference_mode():
+        images, labels = (t.clone() for t in pictures)
+        got = eval_aa.autoattack(model, images, labels, EPS, tmp_path / "b.json", ["apgd-ce"])
+    assert got["left"] == want["left"] and 0 < want["left"]["apgd-ce"][0] < 93
+
+
 def test_of_an_older_order_only_what_is_at_its_end_is_taken(tmp_path, pictures):
     argv = Quadratic(), *pictures, EPS, tmp_path / "r.json", ["apgd-ce"], 0, 5
 
