@@ -319,9 +319,10 @@ command_lines() {
     fi
 }
 
-# stop SIGNAL: ends with the command that runs. A Ctrl-C reaches that by itself, other signals are passed on.
+# stop SIGNAL: ends with the command that runs. A Ctrl-C reaches that by itself, other signals are passed on as SIGTERM,
+# since torchrun ends its processes at no USR1.
 stop() {
-    [ "$1" = INT ] || kill -s "$1" $(jobs -p) 2>/dev/null || true
+    [ "$1" = INT ] || kill $(jobs -p) 2>/dev/null || true
     wait
     echo "run_all.sh: interrupted: $run${failed:+; failed:$failed}" >&2
     exit $((128 + $(kill -l "$1")))

@@ -74,9 +74,10 @@ def load_dataset(name, device="cpu", data_dir="data"):
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         n = len(labels)
-        if (images.dtype, images.shape, labels.shape) != (np.uint8, (n, 32, 32, 3), (n,)):
+        form = images.dtype, images.shape, labels.shape, labels.dtype.kind in "iu"
+        if form != (np.uint8, (n, 32, 32, 3), (n,), True):
             raise InputError(f"{path}: {split}_images is {images.dtype} {images.shape} and {split}_labels "
-                             f"{labels.shape}, not uint8 (N, 32, 32, 3) and (N,)")
+                             f"{labels.dtype} {labels.shape}, not uint8 (N, 32, 32, 3) and integers (N,)")
         arrays[f"{split}_labels"] = labels.astype(np.int64)
     every = np.array_equal(np.unique(arrays["train_labels"]), np.arange(num_classes))
     if not every or arrays["test_labels"].min() < 0:
@@ -426,7 +427,7 @@ class Parser(argparse.ArgumentParser):
 def fraction(text):
     """An argparse type for eps and alpha: "8/255" or "0.031". It refuses 1 too, which is a typo for 1/255."""
     top, _, bottom = text.partition("/")
-    value = float(top) / float(bottom or 1)
+    value = float(top) / (float(bottom or 1) or math.nan)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f'{text} is not on the [0, 1] scale of the images: write "8/255"')
     return value
@@ -463,10 +464,10 @@ def settle(parser, args, prefix):
         for flag in ("epochs", "lr_decay_epochs", "warmup_lr", "warmup_eps", "early_stop_pgd", "awp_warmup"):
             if epochs := getattr(args, flag, None):
                 setattr(args, flag, scaled(epochs))
-    for flag in ("lr_decay_epochs", "early_stop_pgd"):
+    for flag in ["early_stop_pgd"] + ["lr_decay_epochs"] * (args.lr_schedule == "piecewise"):
         epochs = getattr(args, flag, None) or []
         if epochs != sorted(set(epochs)):
-            parser.error(f"--{flag.replace('_', '-')} has to rise, but is {epochs} with this --time-scale")
+            parser.error(f"--{flag.replace('_', '-')} has to rise, but is {epochs}, scaled by --time-scale")
 
     if args.out is None:  # flags that differ, joined by "-", a number without: runs/pgdat-ls0.1-bn-mode-eval
         changed = {k: v for k, v in parser.changed(args).items() if k not in NOT_A_SETTING}
@@ -495,7 +496,8 @@ def run_script(main):
 
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows every line at once
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows every line at once
     try:
         main()
         if dist.is_initialized():
