@@ -265,7 +265,7 @@ def open_result(path, about):
               if result.get(k) != about.get(k)]
     was, now = np.array(result.get("logits", about["logits"])), np.array(about["logits"])
     if was.shape != now.shape or (abs(was - now) > 1e-3 * abs(now).max()).any():
-        differ.append("the logits of the same weights were others")
+        differ.append("the same weights gave other logits")
     if not differ and not result["complete"] and "margin" not in arrays:
         differ = ["an older version took the images in another order"]
     if differ:
