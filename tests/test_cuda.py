@@ -95,7 +95,7 @@ def test_training_going_on_and_evaluation(script, small_npz, tmp_path, monkeypat
         assert status == 0 and err == "", err
         assert f"device cuda:0: {name}, torch {torch.__version__}, {used}\n" in out
     assert record["args"]["precision"] == precision and record["device"] == result["device"] == name
-    assert "goes on after epoch 1" in trained[1] and result["complete"]
+    assert "resumes after epoch 1" in trained[1] and result["complete"]
     assert len(log(run)) == 2 and all(0 < e["train_loss"] < 100 for e in log(run))
     assert machine == "pretended" or (graphs() > 0) == ("--compile" in flags)
 
