@@ -82,7 +82,7 @@ def write(path, **changes):
 @pytest.mark.parametrize("changes, shown", [
     ({"train_images": np.zeros((4, 32, 32, 3), np.float32)}, "train_images is float32"),
     ({"test_images": np.zeros((2, 3, 32, 32), np.uint8)}, r"test_images is uint8 \(2, 3, 32, 32\)"),
-    ({"train_labels": np.arange(4)[:, None]}, r"train_labels int64 \(4, 1\)"),  # as MedMNIST's and Keras' files
+    ({"train_labels": np.arange(4)[:, None]}, r"train_labels int64 \(4, 1\)"),  # as MedMNIST's
     ({"train_labels": np.arange(1, 5)}, "labels"),                       # as SVHN's
     ({"test_labels": np.array([0, 5])}, "labels")])
 def test_foreign_files_are_refused_by_what_is_wrong(tmp_path, changes, shown):

@@ -138,6 +138,15 @@ def test_last_pt_is_written_when_it_is_due_and_log_jsonl_with_it(tmp_path):
     assert written == [1, 1, 3, 3, 5, 5, 7, 7, 9]
 
 
+def test_the_seconds_of_an_epoch_hold_the_writing_before_it(train, tmp_path, monkeypatch):
+    clock, save = [0], utils.save
+    monkeypatch.setattr(train_pgdat.time, "time", lambda: clock[0])
+    monkeypatch.setattr(utils, "save", lambda *args: (save(*args), clock.append(clock.pop() + 100)))
+    status, _, err = train("--steps", 1, epochs=3)
+    assert status == 0, err
+    assert [e["seconds"] for e in log(tmp_path / "run")] == [0, 100, 100]
+
+
 def test_twenty_fast_epochs_write_last_pt_at_most_four_times_and_can_be_killed(train, tmp_path, monkeypatch):
     flags = ("--attack", "none", "--bn-clean-passes", 0, "--n-train", 48, "--eval-every", 20)  # 20 steps
     written, write = [], utils.write_whole
