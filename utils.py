@@ -406,7 +406,8 @@ class Parser(argparse.ArgumentParser):
             for flag in flags.split():
                 values = getattr(args, flag, None)
                 if values is not None and not all(low <= v < high for v in np.ravel(values)):  # nor NaN
-                    self.error(f"--{flag.replace('_', '-')} has to be at least {low:g} and below {high:g}")
+                    below = f" and below {high:g}" if high < math.inf else ""
+                    self.error(f"--{flag.replace('_', '-')} has to be at least {low:g}{below}")
         return args
 
     def error(self, message):
