@@ -323,10 +323,11 @@ def update_average(average, model, decay, n):
     """
     decay = min(decay, (1 + n) / (10 + n))
     pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
-    numbers, counters = ([p for p in pairs if p[0].is_floating_point() == kind] for kind in (True, False))
-    torch._foreach_lerp_(*map(list, zip(*numbers)), 1 - decay)  # few launches instead of one a tensor
-    for a, value in counters:
-        a.copy_(value)
+    averaged, values = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
+    torch._foreach_lerp_(averaged, values, 1 - decay)  # few launches instead of one a tensor
+    for a, value in pairs:
+        if not a.is_floating_point():  # batch norm's counters
+            a.copy_(value)
 
 
 @contextlib.contextmanager

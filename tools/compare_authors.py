@@ -124,8 +124,8 @@ def load(folder, *names):
 def commit(clone):
     """The commit of a clone, with "-dirty" behind it if its files differ."""
     # told where the repository is, git takes none further up
-    command = ["git", f"--git-dir={clone}/.git", f"--work-tree={clone}", "describe", "--always", "--abbrev=40",
-               "--exclude=*", "--dirty"]
+    command = ["git", f"--git-dir={clone}/.git", f"--work-tree={clone}", "describe", "--always",
+               "--abbrev=40", "--exclude=*", "--dirty"]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
