@@ -252,6 +252,7 @@ evaluate="--attacks none" row x-laptop-overfitting-wd1e-3 -/-/- train_pgdat.py -
 evaluate="--attacks none" row x-laptop-overfitting-wd2e-3 -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --wd 2e-3
 evaluate="--attacks none" row x-laptop-overfitting-wd5e-3 -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --wd 5e-3
 evaluate="--attacks none" row x-laptop-overfitting-wd1e-2 -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --wd 1e-2
+evaluate="--attacks none" row x-laptop-overfitting-wd2e-2 -/-/- train_pgdat.py --model tiny --n-train 1000 --eval-every 5 --wd 2e-2
 
 # The rows that `all` stands for. They have a version at laptop scale.
 all='!(quickstart*|x-laptop-*|*-released)'

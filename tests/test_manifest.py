@@ -26,7 +26,7 @@ OURS = {"x-r18-bntrain-clean0": {"bn_clean_passes": 0},
         "x-laptop-overfitting": SMALL, "x-laptop-overfitting-ema": SMALL | {"ema": 0.99},
         "x-laptop-overfitting-awp": SMALL | {"awp": 0.01}, "x-laptop-overfitting-ls": SMALL | {"ls": 0.3},
         **{f"x-laptop-overfitting-wd{wd}": SMALL | {"wd": float(wd)}
-           for wd in ("1e-3", "2e-3", "5e-3", "1e-2")}}
+           for wd in ("1e-3", "2e-3", "5e-3", "1e-2", "2e-2")}}
 WEIGHT_DECAY = {row: {"model": "wrn-34-10" if "wrn10" in row else "preactresnet-18",
                       "wd": float(row.partition("wd")[2])} for row in UNSTATED}
 SAYS = {**ROWS, **{row: ("-/-/-", says) for row, says in {**OURS, **WEIGHT_DECAY}.items()}}
