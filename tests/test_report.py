@@ -252,6 +252,8 @@ def test_curves_of_runs(script):
     assert curves[0][0] == (1, 60) and [line[0][0] for line in curves[4:]] == [100, 105]  # decays
     assert robust[0][0] == (1, 20) and robust[1] == [(40, 59)]
     assert [ax.get_title() for ax in fig.axes[:2]] == ["the default setting", "label smoothing 0.3"]
+    trades = write("t12-r18-wd5e-4-relu-bneval")  # which has no --ls
+    assert "label smoothing 0.3" in report.show_curves([trades, *paths]).axes[2].get_title().splitlines()
 
 
 # ---- The command -------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ WORDS = {"ls": "label smoothing", "wd": "weight decay", "ema": "weight averaging
 DEVIATION = 0.57  # of AA between seeds, of the best checkpoints of one setting: the largest published
 LEGEND = """\
 Figures: the mean over seeds ± their standard deviation; a seed's is the mean of its runs in any precision
-(bf16 less fp32: +0.08 ± 0.10 clean over eight pairs). ~: an estimate from some images, which counts nowhere.
+(bf16 less fp32: +0.05 ± 0.10 clean over nine pairs). ~: an estimate from some images, which counts nowhere.
 Effects: less the row without a trick of the same network and eps, paired by seed, ± a standard error from one
 variance pooled over all rows. Bold: beyond two of these."""
 NEEDED = f"Seeds needed: for the paper's effect on AA to be two standard errors if seeds vary by {DEVIATION}."
@@ -366,23 +366,23 @@ def short_name(row):
 
 def show_curves(folders):
     """The learning curves of runs, a column each, named by what they differ in. What they share is the
-    picture's title. Defaults, of the first one's script, are not named, but for the seed."""
+    picture's title. Defaults, where scripts differ the first one's, are not named, but for the seed."""
     runs = [read_run(Path(folder)) for folder in folders]
     for folder, run in zip(folders, runs):
         if not run or not run.record:
             raise InputError(f"{folder} holds no run")
     settings = [{"script": run.record["command"][0], **run.record["args"]} for run in runs]
-    defaults = parse(settings[0]["script"])[0] | {"seed": None}
-    keys = [k for k in settings[0] if k not in NOT_A_SETTING]
-    differ = [k for k in keys if any(s.get(k, settings[0][k]) != settings[0][k] for s in settings)]
+    defaults = {k: v for s in settings[::-1] for k, v in parse(s["script"])[0].items()} | {"seed": None}
+    keys = [k for k in defaults if k not in NOT_A_SETTING]
+    differ = [k for k in keys if len({str(s.get(k, defaults[k])) for s in settings}) > 1]
 
-    def words(setting, keys):
-        special = {k: setting[k] for k in keys if k in setting and setting[k] != defaults.get(k)}
-        return ", ".join(f"{WORDS.get(k, k.replace('_', ' '))} {v}" for k, v in special.items())
+    def words(setting, keys, between=", "):
+        special = {k: setting[k] for k in keys if k in setting and setting[k] != defaults[k]}
+        return between.join(f"{WORDS.get(k, k.replace('_', ' '))} {v}" for k, v in special.items())
 
     panels = []
     for folder, run, setting in zip(folders, runs, settings):
-        name = words(setting, differ) or "the default setting"
+        name = words(setting, differ, "\n") or "the default setting"
         decays = setting["lr_decay_epochs"] if setting["lr_schedule"] == "piecewise" else []
         panels.append((name if differ else Path(folder).absolute().name, run.log, decays))
     return draw_runs(panels, words(settings[0], [k for k in keys if k not in (*differ, *HOW)]))
