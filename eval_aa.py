@@ -127,7 +127,7 @@ def load_model(path, model=None, activation=None, no_normalize=False, mean=None,
         about = {"model": model, "activation": activation or "relu",
                  "normalize": None if no_normalize else (mean, std) if mean else models.CIFAR_NORMALIZE,
                  "num_classes": len(state.get(names[-1], range(10))),  # of the last layer's bias
-                 "epoch": None, "misfit": None}  # which autoattack measures
+                 "epoch": None}
     found = {k: v.shape for k, v in state.items() if not k.endswith(COUNTER)}
     if found != shapes(about["model"], about["num_classes"]):
         alike = [name for name in models.MODELS if found == shapes(name, about["num_classes"])]
@@ -346,8 +346,6 @@ def autoattack(model, images, labels, eps, path, attacks=STANDARD, seed=0, batch
                  "seed": seed, "batch_size": batch_size, **(about or {})}
         result, arrays = open_result(path, json.loads(json.dumps(about)))  # as it would be read back
         if not arrays:
-            if "misfit" in result:
-                result["misfit"] = checked_misfit(model, images[:250])
             began = time.time()
             found = evaluate(model, images, labels, eps, seed=seed, batch_size=batch_size, shard=utils.SHARD)
             found = (utils.sum_over_processes(t.cpu()).numpy() for t in found)
@@ -406,9 +404,9 @@ def main():
     print(f"{path}: {about['model']}, {n:,} of {total:,} test images, eps {255 * eps:.4g}/255")
     if trained.get("data_sha256", data.sha256) != data.sha256:
         print(f"note: {dataset} differs from the data it was trained on (SHA-256)")
-    if dataset not in ("cifar10", "cifar100"):
-        about.pop("misfit", None)  # test images of one's own may be distributed differently
     model.to(device, memory_format=torch.channels_last)
+    if not trained and dataset in ("cifar10", "cifar100"):  # one's own images may be distributed differently
+        about["misfit"] = checked_misfit(model, data.test_images[:250])
     about |= {"data_sha256": data.sha256, "precision": args.precision}
     size = args.batch_size or (500 if device.type == "cuda" else 250)
     autoattack(model, data.test_images[:n], data.test_labels[:n], eps, out, args.attacks, args.seed, size,

@@ -93,8 +93,11 @@ def test_batch_norm_tells_of_another_function_on_named_data(
     argv = trained, "--model", "tiny", *flags.split(), "--attacks", "none", "--n", 10
     status, out, err = script(eval_aa, *argv, "--out", tmp_path / "r.json")
     value = json.loads((tmp_path / "r.json").read_text())["misfit"]
-    assert status == 0 and (value < 0.15 if better is None else value > 0.25), (value, err)
+    assert status == 0 and (value > eval_aa.MISFIT) == (better is not None), (value, err)
     assert "warning" not in out if better is None else f"misfit {value:.2f}" in out and better in out
+    if better is None:  # on 250 images, however few are evaluated
+        model = eval_aa.load_model(trained, "tiny")[0]
+        assert value == pytest.approx(eval_aa.misfit(model, data.test_images[:250]), abs=2e-3)
     out = script(eval_aa, *argv, "--dataset", MINI, "--out", tmp_path / "npz.json")[1]
     assert "warning" not in out and "misfit" not in json.loads((tmp_path / "npz.json").read_text())
 
