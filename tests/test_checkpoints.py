@@ -60,10 +60,10 @@ def test_other_forms_and_architectures_are_refused(tmp_path, wrap):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A state dict after three epochs of standard training."""
+    """A state dict after six epochs of standard training."""
     folder = tmp_path_factory.mktemp("trained")
-    argv = ["--model", "tiny", "--dataset", MINI, "--n-train", 1000, "--attack", "none", "--epochs", 3,
-            "--batch-size", 50, "--lr-schedule", "onecycle", "--eval-from", 3, "--out", folder]
+    argv = ["--model", "tiny", "--dataset", MINI, "--n-train", 1000, "--attack", "none", "--epochs", 6,
+            "--batch-size", 50, "--lr-schedule", "onecycle", "--eval-from", 6, "--seed", 3, "--out", folder]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_pgdat.py", *map(str, argv)])
         train_pgdat.main()
@@ -93,7 +93,7 @@ def test_batch_norm_tells_of_another_function_on_named_data(
     argv = trained, "--model", "tiny", *flags.split(), "--attacks", "none", "--n", 10
     status, out, err = script(eval_aa, *argv, "--out", tmp_path / "r.json")
     value = json.loads((tmp_path / "r.json").read_text())["misfit"]
-    assert status == 0 and (value > eval_aa.MISFIT) == (better is not None), (value, err)
+    assert status == 0 and (value < 0.15 if better is None else value > 0.25), (value, err)
     assert "warning" not in out if better is None else f"misfit {value:.2f}" in out and better in out
     if better is None:  # on 250 images, however few are evaluated
         model = eval_aa.load_model(trained, "tiny")[0]
